@@ -1,0 +1,1 @@
+"""The command line of lrmerge: parse, call, render. No mathematics lives here."""
