@@ -1,0 +1,1 @@
+"""Model merging and adapter surgery through the low rank of what fine-tuning changed."""

@@ -1,0 +1,1 @@
+"""What is said about a result: manifest, model card, figures."""
