@@ -1,0 +1,224 @@
+"""A checkpoint: a named collection of tensors, opened by its headers and read one tensor at a time.
+
+It may be a folder with one file or with shards and an index, a single file, a Hub id ``org/name@revision``, or
+a dict in memory. Opening reads headers and ``config.json`` only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.checkpoint import hub
+from mergekit_lr.checkpoint.pickled import read_pickled
+from mergekit_lr.checkpoint.safetensors import TensorInfo, read_header, read_tensor
+from mergekit_lr.errors import FormatError, MismatchError
+
+# File stems in the order in which transformers and diffusers would pick them.
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and the configuration beside them.
+
+    ref: what the user called it. folder: where its files lie (None in memory). tensors: name on disk to its
+    place, dtype and shape. config: the content of config.json, empty where there is none. metadata: the string
+    metadata of the files.
+    """
+
+    ref: str
+    folder: Path | None
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    _memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, ref: str | Path | Checkpoint | Mapping[str, Tensor]) -> Checkpoint:
+        """Open a folder, a file, a Hub id or a dict of tensors; headers only.
+
+        Raises:
+            FormatError: a file is missing, truncated or contradicts itself.
+            MismatchError: an adapter where a checkpoint is expected.
+            HubError: the Hub has no such model, refuses it or cannot be reached.
+        """
+        if isinstance(ref, Checkpoint):
+            return ref
+        if isinstance(ref, Mapping):
+            return cls.from_tensors(ref)
+        path = hub.local_path(str(ref))
+        if path.is_dir():
+            _refuse_adapter(path, str(ref))
+            files, folder = _files_of_folder(path), path
+        else:
+            files, folder = _shards_of(path), path.parent
+        tensors: dict[str, TensorInfo] = {}
+        memory: dict[str, Tensor] = {}
+        metadata: dict[str, str] = {}
+        for file, expected in files.items():
+            found, held = _open_file(file, metadata)
+            _compare_with_index(file, found, expected, folder)
+            if twice := tensors.keys() & found.keys():
+                raise FormatError(f"{folder}: tensor {min(twice)} is in more than one file")
+            tensors |= found
+            memory |= held
+        if not tensors:
+            raise FormatError(f"{ref}: holds no tensors")
+        if any(".lora_A." in name or ".lora_B." in name for name in tensors):
+            raise MismatchError(f"{ref}: is a LoRA adapter; a whole checkpoint is expected here")
+        return cls(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, config: dict[str, Any] | None = None, ref: str = "memory"
+    ) -> Checkpoint:
+        """A checkpoint in memory; the tensors are shared, not copied."""
+        places = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape), Path(ref), 0, tensor.nbytes)
+            for name, tensor in tensors.items()
+        }
+        return cls(ref, None, places, dict(config or {}), {}, dict(tensors))
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor ``name`` (or entry ``index`` of its first axis), mapped from its file. Do not write into it."""
+        if name in self._memory:
+            tensor = self._memory[name]
+            return tensor if index is None else tensor[index]
+        return read_tensor(self.tensors[name], index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, in name order."""
+        return sorted({info.file for info in self.tensors.values()})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is no such file.
+
+    Raises:
+        FormatError: the file is there but holds no JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: a JSON object is expected")
+    return config
+
+
+def _open_file(path: Path, metadata: dict[str, str]) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        tensors, found = read_header(path)
+        metadata.update(found)
+        return tensors, {}
+    if path.suffix in (".bin", ".pt", ".pth"):
+        held = read_pickled(path)
+        places = {n: TensorInfo(t.dtype, tuple(t.shape), path, 0, t.nbytes) for n, t in held.items()}
+        return places, held
+    raise FormatError(f"{path}: not a checkpoint file; .safetensors or .bin is expected")
+
+
+def _refuse_adapter(folder: Path, ref: str) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_config(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise MismatchError(
+            f"{ref}: is an adapter (of {base or 'an unnamed base'}), not a checkpoint; give the whole model"
+        )
+
+
+def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
+    """Each file of the model in ``folder`` with the names that the index expects in it (None without index)."""
+    for suffix in ("safetensors", "bin"):
+        for stem in STEMS:
+            index = folder / f"{stem}.{suffix}.index.json"
+            if index.exists():
+                return _files_of_index(index)
+            if (single := folder / f"{stem}.{suffix}").exists():
+                return {single: None}
+        found = sorted(
+            p for p in folder.glob(f"*.{suffix}") if not p.name.startswith(("adapter_model", "training_args"))
+        )
+        if len(found) == 1 or (found and len({m[1] for p in found if (m := SHARD.match(p.name))}) == 1):
+            return _shards_of(found[0])
+        if found:
+            names = ", ".join(path.name for path in found[:4])
+            raise FormatError(
+                f"{folder}: several checkpoint files and no index ({names}); name the one you mean"
+            )
+    raise FormatError(
+        f"{folder}: no checkpoint file in this folder (model.safetensors or shards with an index)"
+    )
+
+
+def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = read_config(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: has no weight_map")
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise FormatError(f"{index}: tensor {name} points outside the folder ({file!r}); refused")
+        path = index.parent / file
+        expected = files.setdefault(path, set())
+        if expected is not None:
+            expected.add(name)
+    for path in files:
+        if not path.is_file():
+            raise FormatError(
+                f"{index}: names the shard {path.name}, which is not in the folder; download it"
+            )
+    return files
+
+
+def _shards_of(path: Path) -> dict[Path, set[str] | None]:
+    """``path`` alone, or all shards of the set that it is one of, complete."""
+    match = SHARD.match(path.name)
+    if match is None:
+        return {path: None}
+    count = int(match[3])
+    shards = [path.parent / f"{match[1]}-{i:05d}-of-{count:05d}.{match[4]}" for i in range(1, count + 1)]
+    for shard in shards:
+        if not shard.is_file():
+            raise FormatError(f"{path.parent}: shard {shard.name} is missing; download it")
+    return dict.fromkeys(shards)
+
+
+def _compare_with_index(
+    file: Path, found: Mapping[str, TensorInfo], expected: set[str] | None, folder: Path
+) -> None:
+    if expected is None or expected == found.keys():
+        return
+    if missing := expected - found.keys():
+        raise FormatError(
+            f"{file}: the index expects tensor {min(missing)} in this shard, which does not hold it"
+        )
+    extra = min(found.keys() - expected)
+    raise FormatError(f"{file}: holds tensor {extra}, which the index in {folder} does not list")
+
+
+def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype that holds most of the checkpoint's bytes; float32 where there is none."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
