@@ -161,12 +161,8 @@ def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
             return _shards_of(found[0])
         if found:
             names = ", ".join(path.name for path in found[:4])
-            raise FormatError(
-                f"{folder}: several checkpoint files and no index ({names}); name the one you mean"
-            )
-    raise FormatError(
-        f"{folder}: no checkpoint file in this folder (model.safetensors or shards with an index)"
-    )
+            raise FormatError(f"{folder}: several checkpoint files and no index ({names}); name the one you mean")
+    raise FormatError(f"{folder}: no checkpoint file in this folder (model.safetensors or shards with an index)")
 
 
 def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
@@ -183,9 +179,7 @@ def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
             expected.add(name)
     for path in files:
         if not path.is_file():
-            raise FormatError(
-                f"{index}: names the shard {path.name}, which is not in the folder; download it"
-            )
+            raise FormatError(f"{index}: names the shard {path.name}, which is not in the folder; download it")
     return files
 
 
@@ -202,15 +196,11 @@ def _shards_of(path: Path) -> dict[Path, set[str] | None]:
     return dict.fromkeys(shards)
 
 
-def _compare_with_index(
-    file: Path, found: Mapping[str, TensorInfo], expected: set[str] | None, folder: Path
-) -> None:
+def _compare_with_index(file: Path, found: Mapping[str, TensorInfo], expected: set[str] | None, folder: Path) -> None:
     if expected is None or expected == found.keys():
         return
     if missing := expected - found.keys():
-        raise FormatError(
-            f"{file}: the index expects tensor {min(missing)} in this shard, which does not hold it"
-        )
+        raise FormatError(f"{file}: the index expects tensor {min(missing)} in this shard, which does not hold it")
     extra = min(found.keys() - expected)
     raise FormatError(f"{file}: holds tensor {extra}, which the index in {folder} does not list")
 

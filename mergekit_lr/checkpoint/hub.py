@@ -32,7 +32,6 @@ def local_path(ref: str) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     name = f"{repo}@{revision}" if revision else repo
@@ -57,18 +56,14 @@ def _download(repo: str, revision: str | None) -> Path:
         raise HubError(
             f"{name}: no such folder here, not in the Hub's cache, and the Hub cannot be asked (offline)"
         ) from None
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise HubError(
-            f"{name}: the Hub cannot be reached ({reason[0][:160] if reason else error!r})"
-        ) from None
+    except (errors.HTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+        raise HubError(f"{name}: the Hub cannot be reached ({reason})") from None
 
 
 def _patterns(files: list[str]) -> list[str]:
     """The files to fetch: weights at the top level in the safest format there is, and the small texts."""
-    weights = [
-        f for f in files if "/" not in f and f.endswith(".safetensors") and not f.startswith("consolidated")
-    ]
+    weights = [f for f in files if "/" not in f and f.endswith(".safetensors") and not f.startswith("consolidated")]
     if not weights:
         weights = [f for f in files if "/" not in f and f.endswith(".bin") and f != "training_args.bin"]
     return [*weights, *TEXT_FILES]

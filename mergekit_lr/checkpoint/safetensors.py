@@ -86,9 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     end = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise FormatError(
-                f"{path}: tensor {name} starts at byte {info.offset}, expected {end}; damaged header"
-            )
+            raise FormatError(f"{path}: tensor {name} starts at byte {info.offset}, expected {end}; damaged header")
         end += info.nbytes
     if end != size:
         problem = "is truncated" if end > size else "has bytes that no tensor owns"
