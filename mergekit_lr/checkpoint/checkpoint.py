@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergekit_lr.checkpoint import hub
 from mergekit_lr.checkpoint.pickled import read_pickled
+from mergekit_lr.checkpoint.quantized import Scale, dequantise, find_scales
 from mergekit_lr.checkpoint.safetensors import TensorInfo, read_header, read_tensor
 from mergekit_lr.errors import FormatError, MismatchError
 
@@ -41,6 +42,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     _memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _scales: dict[str, Scale] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, ref: str | Path | Checkpoint | Mapping[str, Tensor]) -> Checkpoint:
@@ -75,25 +77,37 @@ class Checkpoint:
             raise FormatError(f"{ref}: holds no tensors")
         if any(".lora_A." in name or ".lora_B." in name for name in tensors):
             raise MismatchError(f"{ref}: is a LoRA adapter; a whole checkpoint is expected here")
-        return cls(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
+        return cls._assembled(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], *, config: dict[str, Any] | None = None, ref: str = "memory"
     ) -> Checkpoint:
         """A checkpoint in memory; the tensors are shared, not copied."""
-        places = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape), Path(ref), 0, tensor.nbytes)
-            for name, tensor in tensors.items()
-        }
-        return cls(ref, None, places, dict(config or {}), {}, dict(tensors))
+        return cls._assembled(ref, None, _places(tensors, Path(ref)), dict(config or {}), {}, dict(tensors))
+
+    @classmethod
+    def _assembled(cls, ref, folder, tensors, config, metadata, memory) -> Checkpoint:
+        scales = find_scales(tensors)
+        for scale in scales.values():
+            tensors.pop(scale.name, None)  # part of the weight that it scales, no tensor of its own
+        return cls(ref, folder, tensors, config, metadata, memory, scales)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor ``name`` (or entry ``index`` of its first axis), mapped from its file. Do not write into it."""
+        """The tensor ``name`` (or entry ``index`` of its first axis), mapped from its file. Do not write into it.
+
+        An fp8 tensor with a scale comes dequantised, in float32.
+        """
+        if name in self._scales:
+            scale = self._scales[name]
+            return dequantise(self._stored(name, self.tensors[name]), self._stored(*scale[:2]), scale.block)
+        return self._stored(name, self.tensors[name], index)
+
+    def _stored(self, name: str, info: TensorInfo, index: int | None = None) -> Tensor:
         if name in self._memory:
             tensor = self._memory[name]
             return tensor if index is None else tensor[index]
-        return read_tensor(self.tensors[name], index)
+        return read_tensor(info, index)
 
     @property
     def nbytes(self) -> int:
@@ -132,9 +146,12 @@ def _open_file(path: Path, metadata: dict[str, str]) -> tuple[dict[str, TensorIn
         return tensors, {}
     if path.suffix in (".bin", ".pt", ".pth"):
         held = read_pickled(path)
-        places = {n: TensorInfo(t.dtype, tuple(t.shape), path, 0, t.nbytes) for n, t in held.items()}
-        return places, held
+        return _places(held, path), held
     raise FormatError(f"{path}: not a checkpoint file; .safetensors or .bin is expected")
+
+
+def _places(held: Mapping[str, Tensor], path: Path) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(t.dtype, tuple(t.shape), path, 0, t.nbytes) for name, t in held.items()}
 
 
 def _refuse_adapter(folder: Path, ref: str) -> None:
