@@ -30,10 +30,15 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Block:
-    """A tensor on disk, or one slice of its first axis: the whole or a part of one matrix."""
+    """A tensor on disk or a part of it: the whole or a part of one matrix.
+
+    index: the slice ``tensor[index]`` (one expert of a stack), or None for the whole tensor.
+    rows: of that, the rows ``start:stop`` of the first axis (a fused qkv cut in three), or None for all.
+    """
 
     tensor: str
     index: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class Parameter:
     shape: shape in memory.
     blocks: for each matrix of the stack (one, or one per expert) the blocks that make it up, joined along
         ``join`` (an axis of the single matrix in the parameter's own layout, before any transposition).
+    carrier: how PEFT can hold a low-rank change of it: ``"module"`` (a LoRA on its module),
+        ``"parameter"`` (a LoRA on the parameter itself, ``target_parameters``), or empty: not at all.
+    obstacle: why a weight of a kind that could have a LoRA has none, for the report; else empty.
     """
 
     name: str
@@ -51,6 +59,8 @@ class Parameter:
     shape: tuple[int, ...]
     blocks: tuple[tuple[Block, ...], ...]
     join: int = 0
+    carrier: str = ""
+    obstacle: str = ""
 
     @property
     def module(self) -> str:
