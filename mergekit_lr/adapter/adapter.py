@@ -41,6 +41,7 @@ class Adapter:
     base: name or path of the base model, where it is known.
     config: fields of the source's configuration that nothing above holds, kept for the way back.
     metadata: string metadata of the source file (``ss_*``, ``modelspec.*``).
+    added: full name in memory to a difference in full, in the parameter's own shape: changes of no low rank.
     """
 
     weights: dict[str, AdaptedWeight]
@@ -49,3 +50,4 @@ class Adapter:
     base: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
