@@ -42,7 +42,8 @@ from typing import NamedTuple
 
 from pairs import INTERMEDIATE, LAYERS, Pair, excess, make_pair
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from mergekit_lr.graph.resources import parse_size
+
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -196,7 +197,7 @@ def show(result: dict) -> None:
 
 def limited(pair: Pair, args: argparse.Namespace) -> dict:
     """Extract under the kernel's hard limit of 1.2 times the budget."""
-    budget = parse_bytes(args.memory_limit)
+    budget = parse_size(args.memory_limit)
     limit = budget + budget // 5
     out = pair.folder.parent / "out-limited"
     shutil.rmtree(out, ignore_errors=True)
@@ -244,11 +245,6 @@ def _entering(group: Path | None, limit: int) -> Callable[[], None]:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     return enter
-
-
-def parse_bytes(text: str) -> int:
-    digits = text.rstrip("KMGiBkb")
-    return int(float(digits) * UNITS[text[len(digits) :].upper()]) if digits != text else int(text)
 
 
 def numbers(text: str) -> list[int]:
