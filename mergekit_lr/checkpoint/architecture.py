@@ -81,7 +81,7 @@ def from_diffusers(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     return _fields(model, sources, unused, {}, set())
 
 
-def _build_transformers(config: dict[str, Any]) -> nn.Module:
+def _build_transformers(config: dict[str, Any]) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -63,8 +63,13 @@ class Layout:
         return frozenset(paths)
 
     def ends(self, name: str) -> tuple[Parameter, ...]:
-        """The parameter and every end of the tie that it belongs to."""
-        return (self.by_name[name], *(end for end in self.tied if self.ties[end.name] == name))
+        """The parameter and, where it is the source of a tie, the other ends."""
+        others = (end for end in self.tied if self.ties[end.name] == name) if name in self._sources else ()
+        return (self.by_name[name], *others)
+
+    @cached_property
+    def _sources(self) -> frozenset[str]:
+        return frozenset(self.ties.values())
 
 
 def parameters(tensors: Headers, config: dict[str, Any] | None) -> Layout:

@@ -55,7 +55,9 @@ def from_shapes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> d
 
 
 def _parameter(name: str, shape: tuple[int, ...], vocabulary: int | None) -> Parameter:
-    kind, carrier = Kind.VECTOR if len(shape) < 2 else Kind.OTHER, ""
+    if len(shape) < 2:
+        return Parameter(name, Kind.VECTOR, shape, ((Block(name),),))
+    kind, carrier = Kind.OTHER, ""
     if len(shape) == 3 and _EXPERTS.search(name):
         kind, carrier = Kind.EXPERTS, "parameter"
     elif name.endswith(".weight") and len(shape) == 2:

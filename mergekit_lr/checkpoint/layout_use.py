@@ -32,8 +32,8 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         for chain in sorted(_chains(type(module))):
             child, depth = module, 0
-            while depth < len(chain) and isinstance(child._modules.get(chain[depth]), nn.Module):
-                child, depth = child._modules[chain[depth]], depth + 1
+            while depth < len(chain) and (inner := child._modules.get(chain[depth])) is not None:
+                child, depth = inner, depth + 1
             if 0 < depth < len(chain) and not _harmless(chain[depth:]) and child._parameters:
                 target = ".".join(filter(None, (path, *chain[:depth])))
                 found.setdefault(target, f"{type(module).__name__} reads {'.'.join(chain[: depth + 1])} itself")
