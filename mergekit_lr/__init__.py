@@ -1,1 +1,49 @@
-"""Model merging and adapter surgery through the low rank of what fine-tuning changed."""
+"""Model merging and adapter surgery through the low rank of what fine-tuning changed.
+
+    import mergekit_lr as lr
+
+    report = lr.extract("org/base", "org/finetuned", "out", rank=64)
+    adapter = lr.Adapter.open("out")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
+    from mergekit_lr.adapter.lowrank import LowRank
+    from mergekit_lr.checkpoint.checkpoint import Checkpoint
+    from mergekit_lr.errors import LrmergeError
+    from mergekit_lr.report.extraction import ExtractReport
+    from mergekit_lr.verbs.extract import extract
+    from mergekit_lr.verbs.extract_plan import plan_extract
+
+# Looked up when first used, so that importing the package does not import torch.
+_PLACES = {
+    "AdaptedWeight": "mergekit_lr.adapter.adapter",
+    "Adapter": "mergekit_lr.adapter.adapter",
+    "Checkpoint": "mergekit_lr.checkpoint.checkpoint",
+    "ExtractReport": "mergekit_lr.report.extraction",
+    "LowRank": "mergekit_lr.adapter.lowrank",
+    "LrmergeError": "mergekit_lr.errors",
+    "extract": "mergekit_lr.verbs.extract",
+    "plan_extract": "mergekit_lr.verbs.extract_plan",
+}
+__all__ = [
+    "AdaptedWeight",
+    "Adapter",
+    "Checkpoint",
+    "ExtractReport",
+    "LowRank",
+    "LrmergeError",
+    "extract",
+    "plan_extract",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -43,7 +43,7 @@ def find_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, Scale]:
             continue
         for suffix in SCALES:
             if (scale := tensors.get(name + suffix)) is not None:
-                grid = (scale.shape + (1, 1))[:2] if len(scale.shape) < 2 else scale.shape
+                grid = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1, 1)[:2]
                 block = tuple(_block(size, count) for size, count in zip(info.shape, grid, strict=True))
                 scales[name] = Scale(name + suffix, scale, (block[0], block[1]))
                 break
@@ -80,6 +80,6 @@ def refuse_quantised(ref: str, tensors: Mapping[str, TensorInfo]) -> None:
             kind = str(info.dtype).removeprefix("torch.")
         if kind is not None:
             raise FormatError(
-                f"{ref}: tensor {name} is quantised ({kind}), a delta of it means nothing; give the model in bf16, fp16 "
-                "or fp32 (a quantised one can be dequantised with transformers and saved again)"
+                f"{ref}: tensor {name} is quantised ({kind}), it has no delta; give the model in bf16, fp16 or "
+                "fp32 (a quantised one can be dequantised with transformers and saved again)"
             )

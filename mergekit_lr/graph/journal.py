@@ -72,9 +72,9 @@ class Journal:
             raise out_of_space(error, self._data) from None
         self._places[name], self.figures[name] = places, figures
 
-    def shape(self, name: str, key: str) -> tuple[int, ...]:
-        """The shape of tensor ``key`` of node ``name``."""
-        return self._places[name][key].shape
+    def forget(self, name: str) -> None:
+        """Let node ``name`` be computed again; its later result counts."""
+        del self.figures[name]
 
     def tensor(self, name: str, key: str) -> Tensor:
         """Tensor ``key`` of node ``name``, mapped from the disk."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from mergekit_lr.errors import CapacityError
@@ -43,6 +43,17 @@ class Schedule:
         costs = [batch.cost for batch in self.batches]
         return Cost(sum(c.read for c in costs), self.peak, sum(c.flops for c in costs))
 
+    def without(self, done: Container[str]) -> Schedule:
+        """The batches that hold a node which is not ``done``, unchanged."""
+        left = tuple(b for b in self.batches if any(node.name not in done for node in b.nodes))
+        return Schedule(left, self.workers, self.budget, _working_set(left, self.workers, self.budget))
+
+
+def _working_set(batches: tuple[Batch, ...], workers: int, budget: int) -> int:
+    """Bytes that batches in flight hold at most: every worker computes one while one more is read ahead."""
+    largest = sorted((batch.cost.memory for batch in batches), reverse=True)
+    return min(budget, sum(largest[: workers + 1]))
+
 
 def schedule(nodes: Iterable[Node], *, budget: int, workers: int) -> Schedule:
     """Group ``nodes`` into batches and order them by place; depends on the nodes and nothing else.
@@ -62,12 +73,10 @@ def schedule(nodes: Iterable[Node], *, budget: int, workers: int) -> Schedule:
             batches.append(group)
         group.append(node)
     made = tuple(Batch(tuple(group)) for group in batches)
-    largest = sorted((batch.cost.memory for batch in made), reverse=True)
-    if largest and largest[0] > budget:
-        name = max(made, key=lambda batch: batch.cost.memory).nodes[0].name
+    largest = max(made, key=lambda batch: batch.cost.memory, default=None)
+    if largest is not None and largest.cost.memory > budget:
         raise CapacityError(
-            f"{name} needs {largest[0] / 2**20:.0f} MiB while it is computed, the memory budget is "
-            f"{budget / 2**20:.0f} MiB; raise --memory"
+            f"{largest.nodes[0].name} needs {largest.cost.memory / 2**20:.0f} MiB while it is computed, the memory "
+            f"budget leaves {budget / 2**20:.0f} MiB; raise --memory"
         )
-    # One batch may be read ahead while every worker computes one.
-    return Schedule(made, workers, budget, min(budget, sum(largest[: workers + 1])))
+    return Schedule(made, workers, budget, _working_set(made, workers, budget))

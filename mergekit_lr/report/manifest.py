@@ -1,0 +1,72 @@
+"""The manifest: ``lrmerge.json`` beside every output, with all that is needed to judge it and to make it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.checkpoint import Checkpoint
+
+FILE = "lrmerge.json"
+FORMAT = 1
+
+
+def manifest(
+    verb: str, inputs: dict[str, Checkpoint], options: dict[str, Any], result: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of a manifest, ready for JSON."""
+    return {
+        "format": FORMAT,
+        "verb": verb,
+        "versions": versions(),
+        "inputs": {role: describe(checkpoint) for role, checkpoint in inputs.items()},
+        "options": options,
+        **result,
+    }
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as ``lrmerge.json`` into ``folder``."""
+    (folder / FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint was: its reference, revision where the Hub gave one, and each file with size and digest.
+
+    A file from the Hub's cache is known there by the SHA-256 of its content. Of any other file the header's digest is
+    given: it names every tensor and place, and costs no pass over the weights.
+    """
+    files = []
+    for path in checkpoint.files if checkpoint.folder else []:
+        entry: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+        blob = path.resolve().name
+        if path.is_symlink() and len(blob) == 64:
+            entry["sha256"] = blob
+        elif path.suffix == ".safetensors":
+            entry["header_sha256"] = _header_digest(path)
+        files.append(entry)
+    described: dict[str, Any] = {"ref": checkpoint.ref, "bytes": checkpoint.nbytes, "files": files}
+    if checkpoint.folder and checkpoint.folder.parent.name == "snapshots":
+        described["revision"] = checkpoint.folder.name
+    return described
+
+
+def versions() -> dict[str, str]:
+    """Versions of lrmerge, of Python and of the libraries that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("lrmerge", "torch", "safetensors", "huggingface-hub", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _header_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
