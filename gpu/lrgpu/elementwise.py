@@ -54,7 +54,8 @@ def delta(finetuned: Array, base: Array, *, out: Array | None = None) -> Delta:
     block = _CPU_BLOCK if library.on_cpu(finetuned) else _GPU_BLOCK
     scratch = library.empty((2, block), dtype, finetuned)
     total = 0.0
-    for f, b, o in _pieces(*_in_memory_order(finetuned, base, out), block):
+    finetuned_, base_, out_ = _in_memory_order(finetuned, base, out)
+    for f, b, o in _pieces(finetuned_, base_, out_, block):
         size = math.prod(o.shape)
         if size > block:  # a single row that is longer than a block
             scratch, block = library.empty((2, size), dtype, finetuned), size

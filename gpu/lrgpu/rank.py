@@ -80,8 +80,8 @@ class RankRule:
     def _wanted(self, values: list[float], squared_norm: float, full_rank: int) -> int | None:
         """The least rank that meets the targets and the floor, before rounding and limits."""
         demands: list[int | None] = [] if self.count is None else [min(self.count, full_rank)]
-        for target in self._tail_targets(squared_norm):
-            demands.append(_rank_for_tail(values, target, squared_norm, full_rank))
+        targets = self._tail_targets(squared_norm)
+        demands += [_rank_for_tail(values, target, squared_norm, full_rank) for target in targets]
         demanded = max((d for d in demands if d is not None), default=full_rank)
         if self.floor is None:
             return None if None in demands else demanded
