@@ -8,27 +8,24 @@ of factors per expert) are batches throughout. The rank may be 0, and may exceed
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from lrgpu.factored import SVD, balance, inner, squared_norm, stack, svd_of_product, truncate_product
 from torch import Tensor
 
 from mergekit_lr.errors import MismatchError, UsageError
-
-if TYPE_CHECKING:
-    from lrgpu.factored import SVD
 
 
 class Truncation(NamedTuple):
     """The best approximation of a lower rank.
 
-    delta: balanced factors of the kept part. residual: Frobenius norm of what was cut off, (...), float64,
-    from the singular values themselves. norm: Frobenius norm of the whole, (...), float64.
+    delta: balanced factors of the kept part. residual: Frobenius norm of what was cut off, (...), float64, from the
+    singular values themselves.
     """
 
     delta: LowRank
     residual: Tensor
-    norm: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +64,7 @@ class LowRank:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What arithmetic on the factors runs in: float32, or float64 where a factor is float64."""
-        return torch.promote_types(torch.promote_types(self.A.dtype, self.B.dtype), torch.float32)
+        return torch.float64 if torch.float64 in (self.A.dtype, self.B.dtype) else torch.float32
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
         """The same delta with both factors in ``dtype`` and on ``device``."""
@@ -90,7 +87,8 @@ class LowRank:
         if self.shape != other.shape:
             raise MismatchError(f"cannot add a delta of shape {list(other.shape)} to one of shape {list(self.shape)}")
         left, right = self.folded(), other.folded()
-        return LowRank(torch.cat((left.A, right.A), dim=-2), torch.cat((left.B, right.B), dim=-1))
+        B, A = stack([(left.B, left.A), (right.B, right.A)])
+        return LowRank(A, B)
 
     def __mul__(self, factor: float) -> LowRank:
         return replace(self, scaling=self.scaling * float(factor))
@@ -105,14 +103,10 @@ class LowRank:
 
     def inner(self, other: LowRank) -> Tensor:
         """Frobenius inner product of two deltas, (...), float64."""
-        from lrgpu.factored import inner
-
         return inner(self.B, self.A, other.B, other.A) * (self.scaling * other.scaling)
 
     def norm(self) -> Tensor:
         """Frobenius norm of the delta, (...), float64."""
-        from lrgpu.factored import squared_norm
-
         return squared_norm(self.B, self.A).clamp_min(0).sqrt() * abs(self.scaling)
 
     def svd(self, rank: int | None = None) -> SVD:
@@ -120,8 +114,6 @@ class LowRank:
 
         k is ``rank``, or min(r, d_out, d_in), whichever is smaller.
         """
-        from lrgpu.factored import svd_of_product
-
         folded = self.folded()
         return svd_of_product(folded.B, folded.A, rank=rank)
 
@@ -135,14 +127,15 @@ class LowRank:
         """
         if rank < 0:
             raise UsageError(f"a rank cannot be negative: got {rank}")
-        svd = self.svd()
-        squares = svd.S.double().square()
-        kept = SVD(svd.U[..., :rank], svd.S[..., :rank], svd.Vh[..., :rank, :])
-        return Truncation(_balance(kept), squares[..., rank:].sum(-1).sqrt(), squares.sum(-1).sqrt())
+        folded = self.folded()
+        B, A, residual = truncate_product(folded.B, folded.A, rank)
+        return Truncation(LowRank(A, B), residual)
 
     def balanced(self) -> LowRank:
         """The same delta with B^T B = A A^T, diagonal: the split with the smallest factors, scaling 1."""
-        return _balance(self.svd())
+        folded = self.folded()
+        B, A = balance(folded.B, folded.A)
+        return LowRank(A, B)
 
     def compress(self) -> LowRank:
         """The same delta at its numerical rank, balanced: directions below rounding error are dropped.
@@ -150,15 +143,8 @@ class LowRank:
         A direction counts from sigma_1 max(d_out, d_in) eps on, eps of the factors' own dtype being what
         they can tell apart. A stack keeps the largest rank among its matrices.
         """
-        svd = self.svd()
-        if svd.S.numel() == 0:
-            return _balance(svd)
-        eps = torch.finfo(self.compute_dtype).eps
-        floor = svd.S[..., :1] * (max(self.shape[-2:]) * eps)
-        rank = int(((svd.S > floor) & (svd.S > 0)).sum(-1).max())
-        return _balance(SVD(svd.U[..., :rank], svd.S[..., :rank], svd.Vh[..., :rank, :]))
-
-
-def _balance(svd: SVD) -> LowRank:
-    root = svd.S.sqrt()
-    return LowRank(root.unsqueeze(-1) * svd.Vh, svd.U * root.unsqueeze(-2))
+        S = self.svd().S
+        if S.numel() == 0:
+            return self.truncate(0).delta
+        floor = S[..., :1] * (max(self.shape[-2:]) * torch.finfo(self.compute_dtype).eps)
+        return self.truncate(int(((S > floor) & (S > 0)).sum(-1).max())).delta

@@ -1,4 +1,4 @@
-"""From a PEFT adapter of any type but LoRA to the changes it makes: which tensor belongs to which module.
+"""From a PEFT adapter of any type but plain LoRA to the changes it makes: which tensor belongs to which module.
 
 Keys look like ``base_model.model.<module>.<name>``; what the modules share is ``base_model.<name>``. The base's
 own parameter names decide where a module's path ends, so that no name is guessed.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.adapter.variants import residual
 from mergekit_lr.adapter.variants.site import Site, as_matrix, from_matrix
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import FormatError, MismatchError
@@ -127,8 +128,7 @@ def open_variant(
         FormatError: a type without weight changes (prompts, routers), or a key that belongs to no module of the base
             or is no part of the type.
     """
-    kind = str(config.get("peft_type"))
-    method = _method(kind)
+    method = _method(config)
     known = method.TENSORS if method else frozenset()
     found = _Sorted()
     for key, tensor in tensors.items():
@@ -138,13 +138,17 @@ def open_variant(
     return Variant(method, sites, parameters, found.saved, found.token_rows, **fields)
 
 
-def _method(kind: str) -> ModuleType | None:
+def _method(config: Mapping[str, Any]) -> ModuleType | None:
+    kind = str(config.get("peft_type"))
+    if kind == "LORA" and residual.method_of(config):
+        return residual
     if kind in REPLACING:
         return None
     if kind not in TYPES:
         known = ", ".join(sorted((*TYPES, *REPLACING)))
         raise FormatError(
-            f"an adapter of type {kind} has no weight changes that can be read; types with them: LORA, {known}"
+            f"an adapter of type {kind} has no weight changes that can be read here; types that have: {known}, and "
+            "LORA with init_lora_weights pissa or olora, or with kasa_config"
         )
     return import_module(f"mergekit_lr.adapter.variants.{TYPES[kind]}")
 

@@ -77,8 +77,8 @@ def match(table: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in the dtype of arithmetic: float32, float64 where it is float64 already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+    """``tensor`` in the dtype of arithmetic: float32, float64 where it is float64 already; integers as they are."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def as_matrix(weight: Tensor, kind: Kind) -> Tensor:
