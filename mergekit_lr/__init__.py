@@ -3,7 +3,7 @@
     import mergekit_lr as lr
 
     report = lr.extract("org/base", "org/finetuned", "out", rank=64)
-    adapter = lr.Adapter.open("out")
+    adapter, dialect = lr.open_adapter("out")
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
     from mergekit_lr.adapter.lowrank import LowRank
+    from mergekit_lr.adapter.open import open_adapter
     from mergekit_lr.checkpoint.checkpoint import Checkpoint
     from mergekit_lr.errors import LrmergeError
     from mergekit_lr.report.extraction import ExtractReport
     from mergekit_lr.verbs.extract import extract
     from mergekit_lr.verbs.extract_plan import plan_extract
+    from mergekit_lr.verbs.inspect import inspect
 
 # Looked up when first used, so that importing the package does not import torch.
 _PLACES = {
@@ -29,6 +31,8 @@ _PLACES = {
     "LowRank": "mergekit_lr.adapter.lowrank",
     "LrmergeError": "mergekit_lr.errors",
     "extract": "mergekit_lr.verbs.extract",
+    "inspect": "mergekit_lr.verbs.inspect",
+    "open_adapter": "mergekit_lr.adapter.open",
     "plan_extract": "mergekit_lr.verbs.extract_plan",
 }
 __all__ = [
@@ -39,6 +43,8 @@ __all__ = [
     "LowRank",
     "LrmergeError",
     "extract",
+    "inspect",
+    "open_adapter",
     "plan_extract",
 ]
 

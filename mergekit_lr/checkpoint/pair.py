@@ -59,7 +59,7 @@ def pair(base: Checkpoint, finetuned: Checkpoint, *, vocab: Vocabulary = "refuse
     """
     for checkpoint in (base, finetuned):
         refuse_quantised(checkpoint.ref, checkpoint.tensors)
-    mine, theirs = _layout(base), _layout(finetuned)
+    mine, theirs = layout_of(base), layout_of(finetuned)
     old, new = mine.by_name, _renamed(theirs, mine)
     layout = mine
     if new.keys() - old.keys() and not old.keys() - new.keys():
@@ -106,7 +106,7 @@ def read_whole(checkpoint: Checkpoint, parameter: Parameter) -> Tensor:
     return torch.stack([read_matrix(checkpoint, parameter, i) for i in range(parameter.matrices)])
 
 
-def _layout(checkpoint: Checkpoint) -> Layout:
+def layout_of(checkpoint: Checkpoint) -> Layout:
     """The layout under unwrapped names, its blocks under the names on disk."""
     on_disk = {bare: name for name, bare in unwrapped(checkpoint.tensors).items()}
     infos = {bare: (checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) for bare, name in on_disk.items()}

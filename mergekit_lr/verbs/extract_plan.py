@@ -148,9 +148,32 @@ class ExtractPlan:
         batches = schedule(nodes, budget=self.resources.working, workers=self.resources.workers)
         return replace(self, ranks=ranks, steps=made, schedule=batches)
 
-    def count(self, treatment: Treatment) -> int:
-        """How many parameters get ``treatment``."""
-        return sum(step.treatment is treatment for step in self.steps)
+    def to_json(self) -> dict[str, Any]:
+        """The plan, ready for JSON."""
+        cost = self.schedule.cost
+        return {
+            "base": self.base.ref,
+            "finetuned": self.finetuned.ref,
+            "options": self.options,
+            "layout": self.pairing.layout.source,
+            "device": str(self.resources.device),
+            "workers": self.resources.workers,
+            "batches": len(self.schedule.batches),
+            "read_bytes": cost.read,
+            "flops": cost.flops,
+            "peak_bytes": self.peak,
+            "parameters": [
+                {
+                    "name": step.pair.name,
+                    "kind": str(step.pair.base.kind),
+                    "shape": list(step.pair.base.shape),
+                    "treatment": str(step.treatment),
+                    "reason": step.reason,
+                    "read_bytes": sum(node.cost.read for node in step.nodes),
+                }
+                for step in self.steps
+            ],
+        }
 
     @property
     def peak(self) -> int:

@@ -1,0 +1,5 @@
+"""``python -m lrmerge``."""
+
+from lrmerge.app import main
+
+main()

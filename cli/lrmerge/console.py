@@ -1,0 +1,110 @@
+"""What a person sees: progress on stderr, results on stdout, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mergekit_lr.errors import LrmergeError
+    from mergekit_lr.graph.run import Progress as Step
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(error: LrmergeError) -> int:
+    """Say what went wrong on one line of stderr and return the exit code."""
+    # Written unwrapped, so that a long path can be copied whole.
+    err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    return error.exit_code
+
+
+def emit_json(content: Any) -> None:
+    """Print ``content`` as JSON on stdout."""
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Step], None] | None]:
+    """A bar with rate and time left while a run lasts; nothing where it is quiet, plain lines off a terminal."""
+    if quiet:
+        yield None
+        return
+    if not err.is_terminal:
+        yield _plain(title)
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", style="dim"),
+        console=err,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def advance(step: Step) -> None:
+            bar.update(task, total=step.total, completed=step.done, name=_short(step.name, err.width))
+
+        yield advance
+
+
+def _plain(title: str) -> Callable[[Step], None]:
+    """One line for each tenth of the work, for logs."""
+    said = -1
+
+    def advance(step: Step) -> None:
+        nonlocal said
+        tenth = 10 * step.done // step.total if step.total else 10
+        if tenth > said:
+            said = tenth
+            err.print(f"{title}: {10 * tenth}% of {size(step.total)}")
+
+    return advance
+
+
+def _short(name: str, width: int) -> str:
+    room = max(width - 90, 0)
+    return name if len(name) <= room else ("…" + name[-room + 1 :] if room > 8 else "")
+
+
+def size(nbytes: float) -> str:
+    """``nbytes`` in the unit that a person would use."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(share: float) -> str:
+    """A share with two decimals, never rounded up to 100 %."""
+    return "100 %" if share >= 1 else f"{min(share, 0.9999):.2%}".replace("%", " %")

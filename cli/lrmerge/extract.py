@@ -1,0 +1,266 @@
+"""``lrmerge extract BASE FINETUNED``: a LoRA out of a full fine-tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lrmerge import options as opt
+
+if TYPE_CHECKING:
+    from mergekit_lr.report.extraction import ExtractReport
+    from mergekit_lr.verbs.extract_plan import ExtractPlan
+
+RANK = "How to choose the rank"
+WHAT = "What to extract"
+RUN = "How to run"
+
+
+def extract(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Folder, file or Hub id (org/name@revision) of the base.")
+    ],
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="The same of the fine-tune.")],
+    out: opt.Out = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            "--rank", metavar="N|auto", help="Of every module [64]; auto: above rounding noise.", rich_help_panel=RANK
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error",
+            "--rel-error",
+            metavar="F",
+            help="Keep each relative error at or below; 0: lossless.",
+            rich_help_panel=RANK,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", "--bytes", metavar="SIZE", help="One budget for all modules: 200MB.", rich_help_panel=RANK
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", metavar="N", help="Never more than this.", rich_help_panel=RANK)
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
+    ] = 1,
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rank-pattern", metavar="REGEX=N", help="A rank of their own; repeatable.", rich_help_panel=RANK
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include", "-i", metavar="REGEX", help="Only these parameters; repeatable.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", "-e", metavar="REGEX", help="Not these parameters; repeatable.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Literal["lora", "full", "skip"],
+        typer.Option("--embeddings", help="Tables and heads that changed.", rich_help_panel=WHAT),
+    ] = "lora",
+    rest: Annotated[
+        Literal["full", "skip"],
+        typer.Option("--rest", help="Changed norms, biases and what no factors can carry.", rich_help_panel=WHAT),
+    ] = "full",
+    vocab: Annotated[
+        Literal["refuse", "keep", "truncate"],
+        typer.Option("--vocab", help="When the vocabulary grew.", rich_help_panel=WHAT),
+    ] = "refuse",
+    dtype: opt.Dtype = None,
+    memory: opt.Memory = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Extract a LoRA from a full fine-tune and write it as a PEFT adapter.
+
+    Every weight's change is decomposed by a truncated SVD whose error is within 1 % of the least possible; what is kept
+    and lost is reported per module.
+    """
+    from lrmerge.console import emit_json, progress
+    from mergekit_lr.verbs.extract import extract as run
+    from mergekit_lr.verbs.extract_plan import plan_extract
+
+    chosen = {
+        "rank": _rank(rank),
+        "energy": energy,
+        "error": error,
+        "size": size,
+        "max_rank": max_rank,
+        "multiple_of": multiple_of,
+        "rank_pattern": _patterns(rank_pattern or []),
+        "include": include or [],
+        "exclude": exclude or [],
+        "embeddings": embeddings,
+        "rest": rest,
+        "vocab": vocab,
+        "dtype": dtype,
+        "memory": memory,
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+    }
+    if dry_run:
+        plan = plan_extract(base, finetuned, **chosen)
+        emit_json(plan.to_json()) if as_json else _show_plan(plan, verbose=verbose)
+        return
+    folder = out if out is not None else Path(f"{Path(finetuned.partition('@')[0]).name or 'extracted'}-lora")
+    with progress("extract", quiet=quiet or as_json) as advance:
+        report = run(base, finetuned, folder, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+    if as_json:
+        emit_json(report.to_json())
+    elif not quiet:
+        _show(report, verbose=verbose)
+
+
+def _rank(text: str | None) -> int | str | None:
+    from mergekit_lr.errors import UsageError
+
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise UsageError(f"--rank {text}: a number from 1, or auto")
+    return int(text)
+
+
+def _patterns(items: list[str]) -> dict[str, int]:
+    from mergekit_lr.errors import UsageError
+
+    patterns = {}
+    for item in items:
+        pattern, equals, count = item.rpartition("=")
+        if not equals or not pattern or not count.isdigit():
+            raise UsageError(f"--rank-pattern {item}: write REGEX=N, as in 'mlp\\.down_proj=32'")
+        patterns[pattern] = int(count)
+    return patterns
+
+
+def _show(report: ExtractReport, *, verbose: bool) -> None:
+    from rich.table import Table
+
+    from lrmerge.console import duration, err, out, percent, size
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, side in (("kind", "left"), ("modules", "right"), ("rank", "right"), ("size", "right")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    table.add_column("energy kept", justify="right")
+    table.add_column("error", justify="right")
+    table.add_column("worst module")
+    width = max((m.stored for m in report.modules), default=0)
+    itemsize = 4 if report.dtype == "float32" else 2
+    for kind in dict.fromkeys(m.kind for m in report.modules):
+        group = [m for m in report.modules if m.kind == kind]
+        norm, kept = sum(m.squared_norm for m in group), sum(m.kept for m in group)
+        worst = max(group, key=lambda m: m.error)
+        ranks = {m.rank for m in group}
+        table.add_row(
+            kind,
+            str(len(group)),
+            str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}",
+            size(sum(m.stored for m in group) * itemsize),
+            percent(kept / norm),
+            f"{(1 - min(kept / norm, 1)) ** 0.5:.4f}",
+            f"{worst.name} {worst.error:.4f}",
+        )
+    if width:
+        out.print(table)
+    if verbose:
+        _show_modules(report)
+    for state, title in (("saved", "saved in full"), ("left out", "left out")):
+        group = [o for o in report.others if o.state == state]
+        if group:
+            out.print(f"{title}: {len(group)} ({_named(group, report.changed, verbose)})", soft_wrap=True)
+    for note in report.notes:
+        err.print(f"note: {note}", style="yellow", soft_wrap=True)
+    rate = report.read_bytes / max(report.seconds, 1e-9)
+    share = report.adapter_bytes / max(report.finetuned_bytes, 1)
+    out.print(
+        f"[bold]{report.out}[/]: total rank {report.total_rank}, {size(report.adapter_bytes)} = {share:.1%} of the "
+        f"fine-tune, energy kept [bold]{percent(report.energy)}[/], error {report.error:.4f}",
+        soft_wrap=True,
+    )
+    out.print(
+        f"{duration(report.seconds)}, {size(rate)}/s read, peak memory {size(report.peak_bytes)}",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _named(group, changed: float, verbose: bool) -> str:
+    """Names with the norm of their change, the largest first; all of them where it is verbose."""
+    ordered = sorted(group, key=lambda other: -other.squared_norm)
+    shown = ordered if verbose else ordered[:3]
+    names = [f"{o.name} norm {o.squared_norm**0.5:.3g}" + (f", {o.reason}" if o.reason else "") for o in shown]
+    if len(shown) < len(ordered):
+        names.append(f"and {len(ordered) - len(shown)} more")
+    total = sum(o.squared_norm for o in group) / changed if changed else 0.0
+    return "; ".join(names) + f"; {total:.2%} of the change"
+
+
+def _show_modules(report: ExtractReport) -> None:
+    from rich.table import Table
+
+    from lrmerge.console import out, percent
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("module", "shape", "rank", "norm", "energy kept", "error", "within"):
+        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
+    for m in report.modules:
+        shape = "x".join(map(str, m.shape))
+        row = (m.name, shape, str(m.rank), f"{m.squared_norm**0.5:.4g}", percent(m.energy), f"{m.error:.4f}")
+        table.add_row(*row, f"{m.excess:.2%}")
+    out.print(table)
+
+
+def _show_plan(plan: ExtractPlan, *, verbose: bool) -> None:
+    from rich.table import Table
+
+    from lrmerge.console import out, size
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("treatment", "kind", "parameters", "read"):
+        table.add_column(column, justify="right" if column in ("parameters", "read") else "left")
+    groups: dict[tuple[str, str], list[int]] = {}
+    for step in plan.steps:
+        read = sum(node.cost.read for node in step.nodes)
+        groups.setdefault((str(step.treatment), str(step.pair.base.kind)), []).append(read)
+    for (treatment, kind), reads in groups.items():
+        table.add_row(treatment, kind, str(len(reads)), size(sum(reads)))
+    out.print(table)
+    if verbose:
+        for step in plan.steps:
+            why = f" ({step.reason})" if step.reason else ""
+            out.print(f"{step.treatment} {step.pair.name} {list(step.pair.base.shape)}{why}", soft_wrap=True)
+    cost = plan.schedule.cost
+    out.print(
+        f"{len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers: "
+        f"{size(cost.read)} to read, {cost.flops / 1e12:.2f} TFLOP, peak memory {size(plan.peak)}; names from "
+        f"{plan.pairing.layout.source}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,112 @@
+"""``lrmerge inspect PATH``: what is inside a checkpoint or an adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lrmerge import options as opt
+
+if TYPE_CHECKING:
+    from mergekit_lr.verbs.inspect import AdapterView, CheckpointView
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder, file or Hub id of a checkpoint or an adapter.")],
+    match: Annotated[
+        str | None, typer.Option("--match", "-m", metavar="REGEX", help="Only parameters whose name it is found in.")
+    ] = None,
+    as_json: opt.Json = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show tensors by kind with shapes, dtypes and norms; of an adapter, ranks, energy and spectra per module."""
+    from lrmerge.console import emit_json
+    from mergekit_lr.verbs.inspect import AdapterView
+    from mergekit_lr.verbs.inspect import inspect as look
+
+    view = look(path, match=match)
+    if as_json:
+        emit_json(view.to_json())
+    elif isinstance(view, AdapterView):
+        _show_adapter(view, verbose=verbose)
+    else:
+        _show_checkpoint(view, verbose=verbose)
+
+
+def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
+    from rich.table import Table
+
+    from lrmerge.console import out, size
+
+    out.print(
+        f"[bold]{view.ref}[/]: checkpoint, {view.architecture or 'unnamed architecture'}, names from {view.layout}"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "shape", "dtype", "count", "parameters", "size", "norm", "example"):
+        table.add_column(column, justify="left" if column in ("kind", "dtype", "example") else "right", no_wrap=True)
+    for group in view.groups:
+        shape = "x".join(map(str, group.shape))
+        numbers = f"{group.parameters:,}"
+        norm = f"{group.rms_norm:.4g}"
+        table.add_row(
+            group.kind, shape, group.dtype, str(group.count), numbers, size(group.nbytes), norm, group.example
+        )
+    out.print(table)
+    if verbose:
+        names = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("parameter", "kind", "shape", "norm"):
+            names.add_column(column, no_wrap=True)
+        for entry in view.entries:
+            names.add_row(entry.name, entry.kind, "x".join(map(str, entry.shape)), f"{entry.norm:.4g}")
+        out.print(names)
+    out.print(
+        f"{len(view.entries)} parameters, {sum(e.parameters for e in view.entries):,} numbers, {size(view.nbytes)}"
+    )
+
+
+def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
+    from rich.table import Table
+
+    from lrmerge.console import out
+
+    out.print(f"[bold]{view.ref}[/]: adapter ({view.dialect}) of {view.base or 'an unnamed base'}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("module", "kind", "shape", "rank", "scaling", "norm", "effective", "99 %", "spectrum"):
+        table.add_column(column, justify="left" if column in ("module", "kind", "spectrum") else "right", no_wrap=True)
+    shown = view.modules if verbose or len(view.modules) <= 40 else view.largest(40)
+    for m in shown:
+        table.add_row(
+            m.name.removesuffix(".weight"),
+            m.kind,
+            "x".join(map(str, m.shape)),
+            str(m.rank),
+            f"{m.scaling:.3g}",
+            f"{m.norm:.4g}",
+            f"{m.effective_rank:.1f}",
+            str(m.rank_for(0.99)),
+            spark(m.singular_values),
+        )
+    out.print(table)
+    if len(shown) < len(view.modules):
+        out.print(f"the {len(shown)} largest of {len(view.modules)} modules; all of them with -v", style="dim")
+    for name, shape in view.saved.items():
+        if verbose or len(view.saved) <= 8:
+            out.print(f"saved in full: {name} {list(shape)}")
+    if not verbose and len(view.saved) > 8:
+        out.print(f"saved in full: {len(view.saved)} tensors, first {next(iter(view.saved))}")
+    for note in view.notes:
+        out.print(f"note: {note}", style="yellow", soft_wrap=True)
+    out.print(f"{len(view.modules)} modules, total rank {view.total_rank}, norm {view.norm:.4g}")
+
+
+def spark(values: tuple[float, ...], width: int = 24) -> str:
+    """A spectrum as a line of blocks, singular values against the largest, one column per value or per group."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    if not values or values[0] <= 0:
+        return ""
+    count = min(width, len(values))
+    starts = [round(i * len(values) / count) for i in range(count)]
+    return "".join(
+        blocks[max(1, round(8 * values[start] / values[0]))] if values[start] > 0 else " " for start in starts
+    )
