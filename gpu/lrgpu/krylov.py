@@ -39,9 +39,11 @@ class Krylov:
         passes: how often D was read before."""
         library = backend.of(D)
         batch, rows, columns = D.shape
-        self.D, self.squared_norm, self.block = D, squared_norm, block
+        self.D, self.squared_norm = D, squared_norm
+        self.unit = library.xp.sqrt(library.xp.where(squared_norm > 0, squared_norm, 1.0))[:, None, None]
+        self.block = block / library.cast(self.unit, D.dtype)  # D @ block is of order 1 for D of any scale
         self.U = library.empty((batch, rows, 0), D.dtype, D)
-        self.W = library.empty((batch, columns, 0), D.dtype, D)
+        self.W = library.empty((batch, columns, 0), library.xp.float64, D)
         self.gram = library.empty((batch, 0, 0), library.xp.float64, D)
         self.ritz = library.empty((batch, 0), library.xp.float64, D)
         self.previous_ritz = [self.ritz, self.ritz]  # of the last cycle, and of the one before
@@ -59,14 +61,18 @@ class Krylov:
         fresh = orthonormal(self.D @ self.block, self.U)
         image = (fresh.swapaxes(-1, -2) @ self.D).swapaxes(-1, -2)  # D^T @ fresh is slower in memory
         self.passes += 2
-        old = self.width
+        image = library.cast(image, xp.float64)
         self.U = xp.concatenate((self.U, fresh), -1)
         self.W = xp.concatenate((self.W, image), -1)
-        self.block, _ = _rotated(image)
 
-        columns = library.cast(self.W, xp.float64).swapaxes(-1, -2) @ library.cast(image, xp.float64)
+        columns = self.W.swapaxes(-1, -2) @ image
+        old = self.gram.shape[-1]
         top = xp.concatenate((self.gram, columns[:, :old]), -1)
         self.gram = xp.concatenate((top, columns.swapaxes(-1, -2)), -2)
+        squares, vectors = xp.linalg.eigh(columns[:, old:])
+        present = squares > 1e-14 * squares[:, -1:]
+        vectors = vectors * xp.where(present, squares, xp.inf)[:, None, :] ** -0.5
+        self.block = library.cast(image @ vectors / self.unit, self.D.dtype)
         self.previous_ritz = [self.ritz, self.previous_ritz[0]]
         self.ritz = xp.clip(xp.flip(xp.linalg.eigvalsh(self.gram), (-1,)), 0, None)
 
@@ -101,7 +107,7 @@ class Krylov:
         D, squared_norm = self.D[which], self.squared_norm[which]
         _, vectors = xp.linalg.eigh(self.gram[which])
         rotation = xp.flip(vectors, (-1,))[..., :rank]
-        right = library.cast(self.W[which], xp.float64) @ rotation
+        right = self.W[which] @ rotation
         S = xp.sqrt((right * right).sum(-2))
         present = S > 1e-3 * xp.finfo(D.dtype).eps * S[:, :1]
         Vh = (right / xp.where(present, S, xp.inf)[:, None, :]).swapaxes(-1, -2)
@@ -136,8 +142,6 @@ def _rotated(Y: Array) -> tuple[Array, float]:
     with the least length that a column had, relative to the largest."""
     library = backend.of(Y)
     xp = library.xp
-    peak = xp.amax(abs(Y), (-2, -1))[:, None, None]
-    Y = Y / xp.where(peak > 0, peak, 1)  # so that no square over- or underflows
     _, vectors = xp.linalg.eigh(library.cast(Y.swapaxes(-1, -2) @ Y, xp.float64))
     Y = Y @ library.cast(vectors, Y.dtype)
     length = xp.sqrt((Y * Y).sum(-2))
