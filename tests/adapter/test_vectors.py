@@ -1,4 +1,4 @@
-"""Adapters of every type against what PEFT makes of them: merged weights, and weighted combinations.
+"""Adapters of every type against what others make of them: merged weights, weighted combinations, extractions.
 
 Cases come from the folder that LRMERGE_VECTORS names, else from tests/vectors and from ``shared/vectors`` beside the
 checkout where that exists. Every tensor of the merged model is compared, changed or not.
@@ -52,6 +52,7 @@ def cases(kind: str, depth: int) -> dict[str, Path]:
 
 MERGED = cases("peft", 1)
 COMBINED = cases("peft_weighted", 2)
+EXTRACTED = cases("extract", 2)
 
 
 @pytest.mark.parametrize("case", MERGED)
@@ -120,10 +121,32 @@ def test_weighted_combination(case: str):
     RAN[f"combination {arguments['combination_type']}"] += 1
 
 
+@pytest.mark.parametrize("case", EXTRACTED)
+def test_extracted_adapter(case: str):
+    """Adapters that another extractor wrote, its rank_pattern included: the same products, the same merged weights.
+
+    Its biases are left out: it writes them without ``lora_bias``, so PEFT drops them and ``merged`` lacks them.
+    """
+    folder = EXTRACTED[case]
+    base, layout = open_base(folder.parent / "base")
+    adapter = open_peft(folder / "adapter", layout=layout)
+    tolerance = json.loads((folder / "case.json").read_text())["tolerance"]
+    products = load_file(folder / "products.safetensors")
+    for name, weight in adapter.weights.items():
+        product = products.pop(f"delta/base_model.model.{name.removesuffix('.weight')}")
+        torch.testing.assert_close(own_layout(weight, weight.delta), product, **tolerance)
+    assert not products
+    merged = load_file(folder / "merged" / "model.safetensors")
+    for name, tensor in changes(adapter, base, layout).items():
+        if not name.endswith(".bias"):
+            torch.testing.assert_close(tensor.to(merged[name].dtype), merged[name], **tolerance)
+    RAN["extracted"] += 1
+
+
 def test_some_ran():
     """The folders were found; what ran is printed (pytest -rP shows it)."""
     assert MERGED, f"no cases under {', '.join(map(str, FOLDERS))}"
-    assert COMBINED, f"no combinations under {', '.join(map(str, FOLDERS))}"
+    assert COMBINED or EXTRACTED, f"no combinations under {', '.join(map(str, FOLDERS))}"
     for kind, count in sorted(RAN.items()):
         print(f"{count:3d} {kind}")
 
