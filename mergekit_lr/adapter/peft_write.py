@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
@@ -23,11 +23,13 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.peft_carry import saved_modules
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
+from mergekit_lr.checkpoint.writer import write_tensors
 from mergekit_lr.errors import FormatError, MismatchError, UsageError
 
 PREFIX = "base_model.model."
 # PEFT's name for an adapter that targets no module: without it an adapter of saved modules alone is refused.
 NO_TARGETS = "dummy-target-modules"
+_SEPARATE = 200  # keys of a pattern that stand one per module
 _FLIPPED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 _STACKS = (Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED)
 
@@ -56,6 +58,7 @@ def save(
         FormatError: A convolution of unknown kernel, or DoRA on some weights only.
     """
     weights = {name: weight for name, weight in _everywhere(adapter, layout).items() if weight.delta.rank}
+    weights = _with_biases(weights)
     saved = _saved_everywhere(adapter, layout)
     carriers = {name: _carrier(name, weight, layout) for name, weight in weights.items()}
     nests: dict[str, list[str]] = defaultdict(list)  # module to its wrapped parameters, innermost first
@@ -80,9 +83,7 @@ def save(
     if task_type:
         config["task_type"] = task_type
     folder = Path(folder)
-    # Tensors of one tie share memory, which safetensors does not take: each is written on its own.
-    data = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(data, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -104,6 +105,19 @@ def _everywhere(adapter: Adapter, layout: Layout | None) -> dict[str, AdaptedWei
                 end.kind, delta, end.shape, weight.bias if own else None, weight.magnitude if own else None
             )
     return spread
+
+
+def _with_biases(weights: dict[str, AdaptedWeight]) -> dict[str, AdaptedWeight]:
+    """``lora_bias`` is one switch for all layers: where one has a bias, the others get a bias of zeros."""
+    if all(weight.bias is None for weight in weights.values()):
+        return weights
+    for name, weight in weights.items():
+        if weight.kind in (Kind.EMBEDDING, *_STACKS):
+            raise FormatError(f"PEFT has no lora_bias for {name}, of kind {weight.kind}, and other weights have one")
+    return {
+        name: weight if weight.bias is not None else replace(weight, bias=weight.delta.B.new_zeros(weight.delta.shape[0]))
+        for name, weight in weights.items()
+    }
 
 
 def _saved_everywhere(adapter: Adapter, layout: Layout | None) -> dict[str, Tensor]:
@@ -242,9 +256,16 @@ def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """Values that differ from the default under anchored names, so that no order of the keys matters.
 
     PEFT matches ``(.*\\.)?(KEY)$`` and takes the first key that fits; ``proj_out`` alone would catch
-    ``blocks.0.proj_out`` too.
+    ``blocks.0.proj_out`` too. It tries every key on every module, and Python keeps 512 compiled patterns:
+    beyond that, loading takes minutes, so modules of one value then share a key.
     """
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+    named = {name: value for name, value in values.items() if value != default}
+    if len(named) <= _SEPARATE:
+        return {f"^{re.escape(name)}": named[name] for name in sorted(named, key=lambda name: (-len(name), name))}
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name, value in named.items():
+        groups[value].append(re.escape(name))
+    return {f"^(?:{'|'.join(group)})": value for value, group in groups.items()}
 
 
 def _targets(targets: list[str], layout: Layout | None) -> list[str] | str:
