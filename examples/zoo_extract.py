@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -50,10 +50,10 @@ def deltas(base: Path, finetuned: Path) -> Deltas:
 
 
 class Best(NamedTuple):
-    """The best approximation of one delta at any rank: its left singular directions, strongest last."""
+    """The best approximation of one delta at any rank, from the Gram matrix of its shorter side."""
 
-    energies: Tensor  # (m,) squared singular values, ascending, float64
-    left: Tensor  # (m, m) columns, float64
+    energies: Tensor  # (k,) squared singular values, ascending, float64
+    vectors: Tensor  # (k, k) their singular vectors on that side, columns, float64
 
     def error(self, rank: int) -> float:
         """Frobenius error of the best approximation of that rank."""
@@ -61,12 +61,13 @@ class Best(NamedTuple):
 
     def project(self, delta: Tensor, rank: int) -> Tensor:
         """The best approximation itself."""
-        top = self.left[:, -rank:]
-        return (top @ (top.T @ delta.double())).float()
+        top = self.vectors[:, -rank:]
+        projector = (top @ top.T).float()
+        return projector @ delta if delta.shape[0] <= delta.shape[1] else delta @ projector
 
 
 def best(delta: Tensor) -> Best:
-    wide = delta.double()
+    wide = (delta if delta.shape[0] <= delta.shape[1] else delta.T).double()
     return Best(*torch.linalg.eigh(wide @ wide.T))
 
 
@@ -85,7 +86,7 @@ def load(evaluate: ModuleType, base: Path, adapter: Path) -> Loaded:
 
     model = peft.get_peft_model(evaluate.load_encoder(base), peft.PeftConfig.from_pretrained(str(adapter)))
     result = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(adapter), device="cpu"))
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     changes = {n.removeprefix("base_model.model."): m.get_delta_weight("default").detach() for n, m in layers.items()}
     missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     return Loaded(model.merge_and_unload(), changes, missing, list(result.unexpected_keys))
@@ -103,7 +104,7 @@ def with_deltas(encoder: nn.Module, changes: Deltas) -> nn.Module:
     """The encoder with a delta added to each named module's weight, in place."""
     with torch.no_grad():
         for name, delta in changes.items():
-            encoder.get_submodule(name).weight.add_(delta)
+            encoder.get_parameter(f"{name}.weight").add_(delta)
     return encoder
 
 
