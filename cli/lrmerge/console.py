@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -86,6 +87,35 @@ def _plain(title: str) -> Callable[[Step], None]:
 def _short(name: str, width: int) -> str:
     room = max(width - 90, 0)
     return name if len(name) <= room else ("…" + name[-room + 1 :] if room > 8 else "")
+
+
+def table(*columns: Column) -> Table:
+    """A plain table of such columns; where the terminal is narrow, names give way and numbers stay whole."""
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
+def name(header: str) -> Column:
+    """A column of names: left, shortened where there is no room."""
+    return Column(header, overflow="ellipsis", min_width=20)
+
+
+def word(header: str) -> Column:
+    """A column of short words: left, never shortened."""
+    return Column(header, no_wrap=True)
+
+
+def number(header: str) -> Column:
+    """A column of numbers: right, never shortened."""
+    return Column(header, no_wrap=True, justify="right")
+
+
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """Each name without what tells it from no other: the parts that all begin with, and ``.weight``."""
+    parts = [name.removesuffix(".weight").split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return {name: ".".join(split[shared:]) for name, split in zip(names, parts, strict=True)}
 
 
 def size(nbytes: float) -> str:

@@ -162,34 +162,31 @@ def _patterns(items: list[str]) -> dict[str, int]:
 
 
 def _show(report: ExtractReport, *, verbose: bool) -> None:
-    from rich.table import Table
+    from lrmerge.console import duration, err, number, out, percent, size, table, word
 
-    from lrmerge.console import duration, err, out, percent, size
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, side in (("kind", "left"), ("modules", "right"), ("rank", "right"), ("size", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
-    table.add_column("energy kept", justify="right")
-    table.add_column("error", justify="right")
-    table.add_column("worst module")
-    width = max((m.stored for m in report.modules), default=0)
+    shown = table(
+        word("kind"), number("modules"), number("rank"), number("size"), number("energy kept"), number("error"),
+        number("worst"),
+    )  # fmt: skip
     itemsize = 4 if report.dtype == "float32" else 2
     for kind in dict.fromkeys(m.kind for m in report.modules):
         group = [m for m in report.modules if m.kind == kind]
         norm, kept = sum(m.squared_norm for m in group), sum(m.kept for m in group)
         worst = max(group, key=lambda m: m.error)
         ranks = {m.rank for m in group}
-        table.add_row(
+        shown.add_row(
             kind,
             str(len(group)),
             str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}",
             size(sum(m.stored for m in group) * itemsize),
             percent(kept / norm),
             f"{(1 - min(kept / norm, 1)) ** 0.5:.4f}",
-            f"{worst.name} {worst.error:.4f}",
+            f"{worst.error:.4f}",
         )
-    if width:
-        out.print(table)
+    if report.worst:
+        out.print(shown)
+        worst = report.worst
+        out.print(f"worst module: {worst.name}, error {worst.error:.4f} at rank {worst.rank}", soft_wrap=True)
     if verbose:
         _show_modules(report)
     for state, title in (("saved", "saved in full"), ("left out", "left out")):
@@ -224,35 +221,29 @@ def _named(group, changed: float, verbose: bool) -> str:
 
 
 def _show_modules(report: ExtractReport) -> None:
-    from rich.table import Table
+    from lrmerge.console import name, number, out, percent, shortened, table
 
-    from lrmerge.console import out, percent
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("module", "shape", "rank", "norm", "energy kept", "error", "within"):
-        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
+    headers = ("shape", "rank", "norm", "energy kept", "error", "within")
+    shown = table(name("module"), *(number(header) for header in headers))
+    short = shortened([m.name for m in report.modules])
     for m in report.modules:
         shape = "x".join(map(str, m.shape))
-        row = (m.name, shape, str(m.rank), f"{m.squared_norm**0.5:.4g}", percent(m.energy), f"{m.error:.4f}")
-        table.add_row(*row, f"{m.excess:.2%}")
-    out.print(table)
+        row = (short[m.name], shape, str(m.rank), f"{m.squared_norm**0.5:.4g}", percent(m.energy), f"{m.error:.4f}")
+        shown.add_row(*row, f"{m.excess:.2%}")
+    out.print(shown)
 
 
 def _show_plan(plan: ExtractPlan, *, verbose: bool) -> None:
-    from rich.table import Table
+    from lrmerge.console import number, out, size, table, word
 
-    from lrmerge.console import out, size
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("treatment", "kind", "parameters", "read"):
-        table.add_column(column, justify="right" if column in ("parameters", "read") else "left")
+    shown = table(word("treatment"), word("kind"), number("parameters"), number("read"))
     groups: dict[tuple[str, str], list[int]] = {}
     for step in plan.steps:
         read = sum(node.cost.read for node in step.nodes)
         groups.setdefault((str(step.treatment), str(step.pair.base.kind)), []).append(read)
     for (treatment, kind), reads in groups.items():
-        table.add_row(treatment, kind, str(len(reads)), size(sum(reads)))
-    out.print(table)
+        shown.add_row(treatment, kind, str(len(reads)), size(sum(reads)))
+    out.print(shown)
     if verbose:
         for step in plan.steps:
             why = f" ({step.reason})" if step.reason else ""

@@ -35,28 +35,23 @@ def inspect(
 
 
 def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
-    from rich.table import Table
+    from lrmerge.console import name, number, out, size, table, word
 
-    from lrmerge.console import out, size
-
-    out.print(
-        f"[bold]{view.ref}[/]: checkpoint, {view.architecture or 'unnamed architecture'}, names from {view.layout}"
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("kind", "shape", "dtype", "count", "parameters", "size", "norm", "example"):
-        table.add_column(column, justify="left" if column in ("kind", "dtype", "example") else "right", no_wrap=True)
+    out.print(f"[bold]{view.ref}[/]: checkpoint, {view.architecture or 'unnamed architecture'}", soft_wrap=True)
+    shown = table(
+        word("kind"), number("shape"), word("dtype"), number("count"), number("numbers"), number("size"),
+        number("norm"), name("example"),
+    )  # fmt: skip
     for group in view.groups:
         shape = "x".join(map(str, group.shape))
         numbers = f"{group.parameters:,}"
         norm = f"{group.rms_norm:.4g}"
-        table.add_row(
+        shown.add_row(
             group.kind, shape, group.dtype, str(group.count), numbers, size(group.nbytes), norm, group.example
         )
-    out.print(table)
+    out.print(shown)
     if verbose:
-        names = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("parameter", "kind", "shape", "norm"):
-            names.add_column(column, no_wrap=True)
+        names = table(name("parameter"), word("kind"), number("shape"), number("norm"))
         for entry in view.entries:
             names.add_row(entry.name, entry.kind, "x".join(map(str, entry.shape)), f"{entry.norm:.4g}")
         out.print(names)
@@ -66,18 +61,16 @@ def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
 
 
 def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
-    from rich.table import Table
+    from lrmerge.console import name, number, out, shortened, table, word
 
-    from lrmerge.console import out
-
-    out.print(f"[bold]{view.ref}[/]: adapter ({view.dialect}) of {view.base or 'an unnamed base'}")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("module", "kind", "shape", "rank", "scaling", "norm", "effective", "99 %", "spectrum"):
-        table.add_column(column, justify="left" if column in ("module", "kind", "spectrum") else "right", no_wrap=True)
+    out.print(f"[bold]{view.ref}[/]: adapter ({view.dialect}) of {view.base or 'an unnamed base'}", soft_wrap=True)
+    headers = ("shape", "rank", "scaling", "norm", "effective", "99 %")
+    modules = table(name("module"), word("kind"), *(number(header) for header in headers), word("spectrum"))
+    short = shortened([m.name for m in view.modules])
     shown = view.modules if verbose or len(view.modules) <= 40 else view.largest(40)
     for m in shown:
-        table.add_row(
-            m.name.removesuffix(".weight"),
+        modules.add_row(
+            short[m.name],
             m.kind,
             "x".join(map(str, m.shape)),
             str(m.rank),
@@ -87,12 +80,12 @@ def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
             str(m.rank_for(0.99)),
             spark(m.singular_values),
         )
-    out.print(table)
+    out.print(modules)
     if len(shown) < len(view.modules):
         out.print(f"the {len(shown)} largest of {len(view.modules)} modules; all of them with -v", style="dim")
-    for name, shape in view.saved.items():
+    for saved, shape in view.saved.items():
         if verbose or len(view.saved) <= 8:
-            out.print(f"saved in full: {name} {list(shape)}")
+            out.print(f"saved in full: {saved} {list(shape)}", soft_wrap=True)
     if not verbose and len(view.saved) > 8:
         out.print(f"saved in full: {len(view.saved)} tensors, first {next(iter(view.saved))}")
     for note in view.notes:
@@ -100,7 +93,7 @@ def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
     out.print(f"{len(view.modules)} modules, total rank {view.total_rank}, norm {view.norm:.4g}")
 
 
-def spark(values: tuple[float, ...], width: int = 24) -> str:
+def spark(values: tuple[float, ...], width: int = 16) -> str:
     """A spectrum as a line of blocks, singular values against the largest, one column per value or per group."""
     blocks = " ▁▂▃▄▅▆▇█"
     if not values or values[0] <= 0:

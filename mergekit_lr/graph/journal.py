@@ -61,7 +61,7 @@ class Journal:
                 position += -position % ALIGNMENT
                 data = tensor.detach().cpu().contiguous()
                 places[key] = TensorInfo(data.dtype, tuple(data.shape), self._data, position, data.nbytes)
-                view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+                view = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
                 while view.nbytes:
                     written = os.pwrite(self._out, view, position)
                     view, position = view[written:], position + written
