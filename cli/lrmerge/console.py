@@ -109,13 +109,10 @@ def number(header: str) -> Column:
     return Column(header, no_wrap=True, justify="right")
 
 
-def shortened(names: Sequence[str]) -> dict[str, str]:
-    """Each name without what tells it from no other: the parts that all begin with, and ``.weight``."""
-    parts = [name.removesuffix(".weight").split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return {name: ".".join(split[shared:]) for name, split in zip(names, parts, strict=True)}
+def shortened(names: Sequence[str], room: int) -> dict[str, str]:
+    """Each name without ``.weight``, and without its beginning where it has no room: the end tells names apart."""
+    bare = {name: name.removesuffix(".weight") for name in names}
+    return {name: text if len(text) <= room else "…" + text[1 - room :] for name, text in bare.items()}
 
 
 def size(nbytes: float) -> str:

@@ -221,11 +221,11 @@ def _named(group, changed: float, verbose: bool) -> str:
 
 
 def _show_modules(report: ExtractReport) -> None:
-    from lrmerge.console import name, number, out, percent, shortened, table
+    from lrmerge.console import number, out, percent, shortened, table, word
 
     headers = ("shape", "rank", "norm", "energy kept", "error", "within")
-    shown = table(name("module"), *(number(header) for header in headers))
-    short = shortened([m.name for m in report.modules])
+    shown = table(word("module"), *(number(header) for header in headers))
+    short = shortened([m.name for m in report.modules], max(out.width - 60, 20))
     for m in report.modules:
         shape = "x".join(map(str, m.shape))
         row = (short[m.name], shape, str(m.rank), f"{m.squared_norm**0.5:.4g}", percent(m.energy), f"{m.error:.4f}")

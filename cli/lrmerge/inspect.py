@@ -61,25 +61,27 @@ def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
 
 
 def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
-    from lrmerge.console import name, number, out, shortened, table, word
+    from lrmerge.console import number, out, shortened, table, word
 
     out.print(f"[bold]{view.ref}[/]: adapter ({view.dialect}) of {view.base or 'an unnamed base'}", soft_wrap=True)
-    headers = ("shape", "rank", "scaling", "norm", "effective", "99 %")
-    modules = table(name("module"), word("kind"), *(number(header) for header in headers), word("spectrum"))
-    short = shortened([m.name for m in view.modules])
+    wide = out.width >= 110
+    headers = (
+        ("kind", "shape", "rank", "scaling", "norm", "effective", "99 %") if wide else ("shape", "rank", "norm", "99 %")
+    )
+    modules = table(word("module"), *(number(header) for header in headers), word("spectrum"))
+    short = shortened([m.name for m in view.modules], max(out.width - (78 if wide else 48), 20))
     shown = view.modules if verbose or len(view.modules) <= 40 else view.largest(40)
     for m in shown:
-        modules.add_row(
-            short[m.name],
-            m.kind,
-            "x".join(map(str, m.shape)),
-            str(m.rank),
-            f"{m.scaling:.3g}",
-            f"{m.norm:.4g}",
-            f"{m.effective_rank:.1f}",
-            str(m.rank_for(0.99)),
-            spark(m.singular_values),
-        )
+        cells = {
+            "kind": m.kind,
+            "shape": "x".join(map(str, m.shape)),
+            "rank": str(m.rank),
+            "scaling": f"{m.scaling:.3g}",
+            "norm": f"{m.norm:.4g}",
+            "effective": f"{m.effective_rank:.1f}",
+            "99 %": str(m.rank_for(0.99)),
+        }
+        modules.add_row(short[m.name], *(cells[header] for header in headers), spark(m.singular_values))
     out.print(modules)
     if len(shown) < len(view.modules):
         out.print(f"the {len(shown)} largest of {len(view.modules)} modules; all of them with -v", style="dim")
