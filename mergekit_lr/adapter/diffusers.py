@@ -111,7 +111,7 @@ def _modern(key: str) -> str:
 
 
 def _config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
-    """PEFT's configuration of every component, fields as ``unet.r``; empty where there is none."""
+    """PEFT's configuration, fields as ``unet.r`` (bare in a file of one model); empty where there is none."""
     text = metadata.get(CONFIG)
     if not text:
         return {}
@@ -129,12 +129,15 @@ def _scaled(
 ) -> AdaptedWeight:
     """The weight with the scale that the configuration gives its module; an ``alpha`` tensor has priority."""
     component, _, module = name.rpartition(".")[0].partition(".")
-    alpha = config.get(f"{component}.lora_alpha")
-    if alpha is None or f"{component}.{module}.alpha" in tensors:
+
+    def field(key: str) -> Any:
+        return config.get(f"{component}.{key}", config.get(key))
+
+    if field("lora_alpha") is None or f"{component}.{module}.alpha" in tensors:
         return weight
-    alpha = match(config.get(f"{component}.alpha_pattern") or {}, module, alpha)
+    alpha = match(field("alpha_pattern") or {}, module, field("lora_alpha"))
     rank = weight.delta.rank
-    root = rank**0.5 if config.get(f"{component}.use_rslora") else rank
+    root = rank**0.5 if field("use_rslora") else rank
     return replace(weight, delta=replace(weight.delta, scaling=alpha / root))
 
 

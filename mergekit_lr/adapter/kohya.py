@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mergekit_lr.adapter import underscores
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.file import Source, read_file, with_hashes, write_file
+from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.parts import by_module, change_of, parts_of
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import FormatError, UsageError
@@ -55,12 +58,16 @@ def open_kohya(
 
 
 def save_kohya(adapter: Adapter, path: str | Path) -> None:
-    """Write a kohya LoRA; factors and alphas as they are, hashes and network facts in the metadata brought up to date.
+    """Write a kohya LoRA, with hashes and network facts in its metadata brought up to date.
+
+    Factors stay as they are, except that float32 ones of different alphas get one alpha: diffusers, up to 0.42 at
+    least, applies a kohya file's most frequent alpha to all attention layers.
 
     Raises:
         UsageError: the adapter holds what the dialect has no place for.
     """
     refuse_leftovers(adapter, "kohya", keep=())
+    adapter = _with_one_alpha(adapter)
     tensors: dict[str, Tensor] = {}
     for name, weight in adapter.weights.items():
         if weight.magnitude is not None or weight.bias is not None:
@@ -129,6 +136,26 @@ def network_facts(adapter: Adapter) -> dict[str, str]:
     facts["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     facts["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
     return facts
+
+
+def _with_one_alpha(adapter: Adapter) -> Adapter:
+    """The same deltas with the most frequent alpha everywhere, the rest of each scale in B.
+
+    Factors below float32 would be rounded by that, and stay.
+    """
+    alphas = [weight.delta.scaling * weight.delta.rank for weight in adapter.weights.values()]
+    precise = all(weight.delta.B.dtype in (torch.float32, torch.float64) for weight in adapter.weights.values())
+    if len(set(alphas)) < 2 or not precise:
+        return adapter
+    alpha = max(sorted(set(alphas)), key=alphas.count)
+    if alpha == 0:
+        return adapter
+
+    def rescaled(weight: AdaptedWeight) -> AdaptedWeight:
+        delta, scaling = weight.delta, alpha / weight.delta.rank
+        return replace(weight, delta=LowRank(delta.A, delta.B * (delta.scaling / scaling), scaling))
+
+    return replace(adapter, weights={name: rescaled(weight) for name, weight in adapter.weights.items()})
 
 
 class _Names:

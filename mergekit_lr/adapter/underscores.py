@@ -23,7 +23,7 @@ _WORDS = """
     double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod qkv lin linear linear1 linear2
     modulation img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
     single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1_context norm_out proj_mlp
-    context_embedder x_embedder y_embedder t_embedder time_text_embed timestep_embedder text_embedder
+    context_embedder x_embedder pos_embed y_embedder t_embedder time_text_embed timestep_embedder text_embedder
     guidance_embedder joint_blocks context_block x_block attention feed_forward w1 w2 w3 blocks cross_attn k_img v_img
     ffn attn2_kv
 """
