@@ -24,7 +24,7 @@ from torch import Tensor
 
 INTERMEDIATE = {512: 1408, 1024: 2816, 2048: 5632, 4096: 11008}
 LAYERS = {512: 8, 1024: 8, 2048: 4, 4096: 2}
-VOCABULARY = 1024  # small: embeddings are not what is measured
+VOCABULARY = 2000  # small: embeddings are not what is measured
 
 
 class Pair(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from tiny_llama import Weights, load, loss, write_on
 
 import mergekit_lr as lr
+from mergekit_lr.adapter.peft import open_peft
 from mergekit_lr.checkpoint.parameter import Kind
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -32,7 +33,7 @@ def with_adapter(base: Weights, adapter: lr.Adapter) -> Weights:
 
 
 def kilobytes(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1000:.0f} KB"
+    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1000:.0f} kB"
 
 
 def main() -> None:
@@ -43,12 +44,12 @@ def main() -> None:
     first, last = loss(config, base, text), loss(config, finetuned, text)
 
     print(f"{'':20}{'size':>8}{'loss':>8}{'of the gain':>13}")
-    print(f"{'base':20}{kilobytes(DEMO / 'base'):>8}{first:8.3f}{'':>13}")
+    print(f"{'base':20}{kilobytes(DEMO / 'base'):>8}{first:8.3f}")
     weights = base
     for rank in RANKS:
         folder = out / f"rank-{rank}"
         lr.extract(DEMO / "base", DEMO / "finetuned", folder, rank=rank, overwrite=True)
-        weights = with_adapter(base, lr.Adapter.open(folder))
+        weights = with_adapter(base, open_peft(folder))
         now = loss(config, weights, text)
         print(f"{f'base + rank {rank}':20}{kilobytes(folder):>8}{now:8.3f}{(first - now) / (first - last):13.0%}")
     print(f"{'fine-tune':20}{kilobytes(DEMO / 'finetuned'):>8}{last:8.3f}{1:13.0%}")

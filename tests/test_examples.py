@@ -38,8 +38,8 @@ def test_demo_recovers_more_of_the_gain_at_each_rank(tmp_path, monkeypatch, caps
     gains = [int(percent) for percent in re.findall(r"(\d+)%", printed)]
     assert len(gains) == len(demo.RANKS) + 1
     assert gains == sorted(gains)
-    assert gains[0] >= 35  # rank 2
-    assert gains[3] >= 80  # rank 16
+    assert gains[0] >= 25  # rank 2
+    assert gains[3] >= 75  # rank 16
     assert printed.count("writes:") == 3
 
 
