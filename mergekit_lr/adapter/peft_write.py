@@ -9,11 +9,9 @@ rank-major.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +19,13 @@ from torch import Tensor
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.peft_carry import saved_modules
+from mergekit_lr.adapter.peft_config import configuration, module_of
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.checkpoint.writer import write_tensors
 from mergekit_lr.errors import FormatError, MismatchError, UsageError
 
 PREFIX = "base_model.model."
-# PEFT's name for an adapter that targets no module: without it an adapter of saved modules alone is refused.
-NO_TARGETS = "dummy-target-modules"
-_SEPARATE = 200  # keys of a pattern that stand one per module
 _FLIPPED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 _STACKS = (Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED)
 
@@ -63,25 +59,25 @@ def save(
     carriers = {name: _carrier(name, weight, layout) for name, weight in weights.items()}
     nests: dict[str, list[str]] = defaultdict(list)  # module to its wrapped parameters, innermost first
     for name in _in_module_order(weights, layout):
-        nests[_module(name)].append(name)
+        nests[module_of(name)].append(name)
 
     tensors: dict[str, Tensor] = {}
     for nest in nests.values():
         for inner, name in enumerate(reversed(nest)):
-            key = PREFIX + _path(_module(name), nests) + ".base_layer" * inner
+            key = PREFIX + _path(module_of(name), nests) + ".base_layer" * inner
             tensors |= {f"{key}.{part}": t for part, t in _encode(name, weights[name], dtype).items()}
     modules = _whole_modules(saved, set(nests), adapter, layout)
-    base = {name: tensor for name, tensor in saved.items() if _module(name) not in modules}
+    base = [name for name in saved if module_of(name) not in modules]
     for name, tensor in saved.items():
-        module, leaf = _module(name), name.rpartition(".")[2]
+        module, leaf = module_of(name), name.rpartition(".")[2]
         wrapped = _path(module, nests) + ".base_layer" * len(nests.get(module, ()))
         tensors[PREFIX + f"{wrapped}.{leaf}".lstrip(".")] = tensor
     for name, (_, rows) in adapter.token_rows.items():
-        tensors[f"{PREFIX}{_path(_module(name), nests)}.token_adapter.trainable_tokens_delta"] = rows
+        tensors[f"{PREFIX}{_path(module_of(name), nests)}.token_adapter.trainable_tokens_delta"] = rows
 
-    config = _config(adapter, weights, carriers, modules, base, layout)
-    if task_type:
-        config["task_type"] = task_type
+    config = configuration(
+        adapter, weights, carriers, modules=modules, into_base=bool(base), layout=layout, task_type=task_type
+    )
     folder = Path(folder)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -114,8 +110,9 @@ def _with_biases(weights: dict[str, AdaptedWeight]) -> dict[str, AdaptedWeight]:
     for name, weight in weights.items():
         if weight.kind in (Kind.EMBEDDING, *_STACKS):
             raise FormatError(f"PEFT has no lora_bias for {name}, of kind {weight.kind}, and other weights have one")
+    zeros = {name: weight.delta.B.new_zeros(weight.delta.shape[0]) for name, weight in weights.items()}
     return {
-        name: weight if weight.bias is not None else replace(weight, bias=weight.delta.B.new_zeros(weight.delta.shape[0]))
+        name: weight if weight.bias is not None else replace(weight, bias=zeros[name])
         for name, weight in weights.items()
     }
 
@@ -146,7 +143,7 @@ def _whole_modules(
     # Without the model: a module of which there is more than a bias, as far as one can see.
     leaves: dict[str, set[str]] = defaultdict(set)
     for name in saved:
-        leaves[_module(name)].add(name.rpartition(".")[2])
+        leaves[module_of(name)].add(name.rpartition(".")[2])
     return tuple(m for m, names in leaves.items() if m and m not in targets and names != {"bias"})
 
 
@@ -164,12 +161,8 @@ def _carrier(name: str, weight: AdaptedWeight, layout: Layout | None) -> str:
 def _in_module_order(weights: dict[str, AdaptedWeight], layout: Layout | None) -> list[str]:
     """PEFT nests wrappers in the order in which a module registers its parameters, the first innermost."""
     if layout is None:
-        return sorted(weights, key=lambda name: (_module(name), "down" in name.rpartition(".")[2]))
+        return sorted(weights, key=lambda name: (module_of(name), "down" in name.rpartition(".")[2]))
     return [name for name in layout.by_name if name in weights]
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _path(module: str, nests: dict[str, list[str]]) -> str:
@@ -202,81 +195,3 @@ def _encode(name: str, weight: AdaptedWeight, dtype: torch.dtype | None) -> dict
     if weight.magnitude is not None:
         parts["lora_magnitude_vector"] = weight.magnitude.to(dtype=dtype)
     return parts
-
-
-def _config(
-    adapter: Adapter,
-    weights: dict[str, AdaptedWeight],
-    carriers: dict[str, str],
-    modules: tuple[str, ...],
-    base: dict[str, Tensor],
-    layout: Layout | None,
-) -> dict[str, Any]:
-    """PEFT's configuration; the fields of the source that this module does not speak of are kept."""
-    names = {name: _module(name) if carriers[name] == "module" else name for name in weights}
-    ranks = {names[name]: weight.delta.rank for name, weight in weights.items()}
-    alphas = {names[name]: _number(weight.delta.scaling * weight.delta.rank) for name, weight in weights.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
-    targets = [_module(name) for name in weights if carriers[name] == "module"]
-    parameters = [name for name in weights if carriers[name] == "parameter"]
-    dora = [weight.magnitude is not None for weight in weights.values()]
-    if any(dora) and not all(dora):
-        raise FormatError("PEFT has DoRA on all weights or on none: some of the adapter's have no magnitude")
-    indices = {_module(name): list(rows[0]) for name, rows in adapter.token_rows.items()}
-    kept = {key: value for key, value in adapter.config.items() if key not in ("notes",)}
-    return kept | {
-        "peft_type": "LORA",
-        "base_model_name_or_path": adapter.base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": _patterns(ranks, rank),
-        "alpha_pattern": _patterns(alphas, alpha),
-        "target_modules": _targets(targets, layout) or ([] if parameters else NO_TARGETS),
-        "target_parameters": parameters or None,
-        "modules_to_save": list(modules) or None,
-        "trainable_token_indices": indices or None,
-        "fan_in_fan_out": any(weight.kind is Kind.TRANSPOSED for weight in weights.values()),
-        # Said also of parameters that are no biases: PEFT then keeps a second adapter off the changed base.
-        "bias": "all" if base else "none",
-        "lora_bias": any(weight.bias is not None for weight in weights.values()),
-        "use_dora": any(dora),
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "layer_replication": None,
-    }
-
-
-def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Values that differ from the default under anchored names, so that no order of the keys matters.
-
-    PEFT matches ``(.*\\.)?(KEY)$`` and takes the first key that fits; ``proj_out`` alone would catch
-    ``blocks.0.proj_out`` too. It tries every key on every module, and Python keeps 512 compiled patterns:
-    beyond that, loading takes minutes, so modules of one value then share a key.
-    """
-    named = {name: value for name, value in values.items() if value != default}
-    if len(named) <= _SEPARATE:
-        return {f"^{re.escape(name)}": named[name] for name in sorted(named, key=lambda name: (-len(name), name))}
-    groups: dict[Any, list[str]] = defaultdict(list)
-    for name, value in named.items():
-        groups[value].append(re.escape(name))
-    return {f"^(?:{'|'.join(group)})": value for value, group in groups.items()}
-
-
-def _targets(targets: list[str], layout: Layout | None) -> list[str] | str:
-    """Full names; one exact pattern where a name is also the end of another module's (Flux: ``proj_out``)."""
-    modules = layout.modules if layout is not None else frozenset(targets)
-    wanted = set(targets)
-    ends = {".".join(module.split(".")[cut:]) for module in modules - wanted for cut in range(1, module.count(".") + 1)}
-    if wanted & ends:
-        return "|".join(re.escape(target) for target in targets)
-    return targets
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value

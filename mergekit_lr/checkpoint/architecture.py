@@ -8,30 +8,22 @@ conversion that is a joining or cutting becomes ``Block`` lists. Custom code of 
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from mergekit_lr.checkpoint.layout_conversion import Shapes, Sources, follow, operations, whole
 from mergekit_lr.checkpoint.layout_use import bypassed
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
-
-Shapes = dict[str, tuple[int, ...]]
-Blocks = tuple[tuple[Block, ...], ...]
 
 
 class Unbuildable(Exception):
     """The installed library cannot build this model; the message says why in a few words."""
-
-
-class _Sources(NamedTuple):
-    """What makes one parameter: ``blocks`` joined along ``join``; ``problem`` when it cannot be said so."""
-
-    blocks: Blocks
-    join: int = 0
-    problem: str = ""
 
 
 def from_transformers(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +42,22 @@ def from_transformers(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
     with _silence():
         model = _build_transformers(config)
         mapping = get_model_conversion_mapping(model)
-    sources, unused = _follow(shapes, model, mapping)
+    sources, unused = follow(shapes, model, mapping)
+    state = model.state_dict()
+    for target, made in list(sources.items()):
+        block = made.blocks[0][0]
+        if made == whole(block.tensor) and shapes[block.tensor] != tuple(state[target].shape):
+            found, expected = list(shapes[block.tensor]), list(state[target].shape)
+            unused[block.tensor] = f"its shape is {found}, the config makes {target} {expected}"
+            del sources[target]
+    if 2 * len(unused) > len(shapes):
+        raise Unbuildable(f"{len(unused)} of {len(shapes)} tensors fit no parameter of {type(model).__name__}")
     # PEFT takes a target of one of these names for an expert's, wherever it stands, and looks for it in the
     # stack; such a linear layer is targeted by its parameter instead.
     fused = {
         pattern.removesuffix(".weight").rpartition(".")[2]
         for entry in mapping
-        if isinstance(entry, WeightConverter) and _operations(entry)[:1] == ["MergeModulelist"]
+        if isinstance(entry, WeightConverter) and operations(entry)[:1] == ["MergeModulelist"]
         for pattern in entry.source_patterns
     }
     return _fields(model, sources, unused, dict(model.all_tied_weights_keys), fused | {"gate"} if fused else set())
@@ -77,7 +78,7 @@ def from_diffusers(shapes: Shapes, config: dict[str, Any]) -> dict[str, Any]:
         model = kind.from_config({key: value for key, value in config.items() if key != "auto_map"})
     known = set(model.state_dict())
     unused = {name: f"no parameter of {kind.__name__}" for name in shapes if name not in known}
-    sources = {name: _whole(name, shapes) for name in shapes if name in known}
+    sources = {name: whole(name) for name in shapes if name in known}
     return _fields(model, sources, unused, {}, set())
 
 
@@ -90,7 +91,7 @@ def _build_transformers(config: dict[str, Any]) -> Any:
         raise Unbuildable(f"transformers {transformers.__version__} knows no model type {model_type}")
     with _building(model_type):
         settings = CONFIG_MAPPING[model_type].from_dict(
-            {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+            {key: _floats(value) for key, value in config.items() if key not in ("auto_map", "quantization_config")}
         )
         settings._attn_implementation = "eager"
         name = (config.get("architectures") or [None])[0]
@@ -98,99 +99,46 @@ def _build_transformers(config: dict[str, Any]) -> Any:
         return kind(settings) if kind else transformers.AutoModel.from_config(settings)
 
 
+def _floats(value: Any) -> Any:
+    """transformers writes infinities as ``{"__float__": "Infinity"}``, since JSON has none."""
+    if isinstance(value, dict):
+        tagged = value.get("__float__")
+        return float(tagged) if tagged is not None else {key: _floats(inner) for key, inner in value.items()}
+    return [_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
 @contextlib.contextmanager
 def _building(what: str) -> Iterator[None]:
     """Build on the meta device in silence; whatever a constructor makes of a foreign config is one answer."""
-    with _silence(), torch.device("meta"):
-        try:
+    from huggingface_hub.errors import StrictDataclassError  # takes 0.2 s, and a plain decoder never gets here
+
+    foreign = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
+    try:
+        with _silence(), torch.device("meta"):
             yield
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as problem:
-            first = (str(problem).splitlines() or [""])[0][:120]
-            raise Unbuildable(f"{what} cannot be built here: {type(problem).__name__} {first}") from problem
+    except foreign as problem:
+        first = (str(problem).splitlines() or [""])[0][:120]
+        raise Unbuildable(f"{what} cannot be built here: {type(problem).__name__} {first}") from problem
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """Nothing below an error from the libraries, which warn of odd configs that are not ours to mend."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(before)
-
-
-def _whole(name: str, shapes: Shapes) -> _Sources:
-    return _Sources(((Block(name),),))
-
-
-def _operations(converter: Any) -> list[str]:
-    return [type(operation).__name__ for operation in converter.operations]
-
-
-def _follow(shapes: Shapes, model: Any, mapping: list[Any]) -> tuple[dict[str, _Sources], dict[str, str]]:
-    """Every tensor on disk through the loader's renaming, the tensors of a conversion together."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    state = model.state_dict()
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    sources: dict[str, _Sources] = {}
-    unused: dict[str, str] = {}
-    grouped: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(shapes, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if target not in state:
-            unused[name] = f"no parameter of {type(model).__name__}"
-        elif pattern is None:
-            sources[target] = _whole(name, shapes)
-        else:
-            grouped[target][pattern].append(name)
-    for target, collected in grouped.items():
-        converter = by_pattern[next(iter(collected))]
-        made = _convert(target, collected, converter, shapes, state)
-        if made is None:
-            reason = f"loaded through {' and '.join(_operations(converter))}, which no joining of tensors describes"
-            unused |= {name: reason for names in collected.values() for name in names}
-        else:
-            sources |= made
-    return sources, unused
-
-
-def _convert(
-    target: str, collected: dict[str, list[str]], converter: Any, shapes: Shapes, state: dict[str, Any]
-) -> dict[str, _Sources] | None:
-    """One conversion as blocks, or None where its operations are no joining or cutting along an axis."""
-    lists = [collected[pattern] for pattern in converter.source_patterns if pattern in collected]
-    match _operations(converter), converter.operations:
-        case ["MergeModulelist"], [merge] if merge.dim == 0 and len(lists) == 1:
-            return {target: _Sources(tuple((Block(name),) for name in lists[0]))}
-        case ["MergeModulelist", "Concatenate"], [merge, join] if merge.dim == 0 and join.dim > 0:
-            if len({len(names) for names in lists}) == 1:
-                rows = tuple(tuple(Block(name) for name in names) for names in zip(*lists, strict=True))
-                return {target: _Sources(rows, join.dim - 1)}
-        case ["Concatenate"], [join] if len(lists) > 1:
-            return {target: _Sources((tuple(Block(name) for names in lists for name in names),), join.dim)}
-        case ["Chunk" | "Split"], [cut] if cut.dim == 0 and len(lists) == 1 and len(lists[0]) == 1:
-            name, start, made = lists[0][0], 0, {}
-            first = converter.target_patterns[0]
-            for pattern in converter.target_patterns:
-                part = target.replace(first, pattern)
-                if part not in state:
-                    return None
-                stop = start + state[part].shape[0]
-                made[part] = _Sources(((Block(name, rows=(start, stop)),),))
-                start = stop
-            return made if start == shapes[name][0] else None
-    return None
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _fields(
-    model: nn.Module, sources: dict[str, _Sources], unused: dict[str, str], ties: dict[str, str], fused: set[str]
+    model: nn.Module, sources: dict[str, Sources], unused: dict[str, str], ties: dict[str, str], fused: set[str]
 ) -> dict[str, Any]:
     """Kinds and carriers from the modules, and what is tied, missing or of another shape than expected."""
     misses = bypassed(model)
@@ -207,12 +155,14 @@ def _fields(
             missing.append(name)
             continue
         module, _, leaf = name.rpartition(".")
-        kind, carrier, obstacle = _kind(owners[module], leaf, tuple(tensor.shape), fused)
+        kind, carrier, obstacle = _kind(owners[module], leaf, tuple(tensor.shape))
+        if carrier == "module" and module.rpartition(".")[2] in fused:
+            carrier = "parameter"
         if carrier and module in misses:
             carrier, obstacle = "", misses[module]
         made = sources[source]
         if len(made.blocks) == 1 and kind in (Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED):
-            made = _Sources(tuple((Block(made.blocks[0][0].tensor, expert),) for expert in range(tensor.shape[0])))
+            made = Sources(tuple((Block(made.blocks[0][0].tensor, expert),) for expert in range(tensor.shape[0])))
         shape = tuple(tensor.shape)
         parameter = Parameter(name, kind, shape, made.blocks, made.join, carrier, obstacle)
         if source == name:
@@ -240,7 +190,7 @@ def _tie_groups(model: nn.Module, ties: dict[str, str]) -> dict[str, tuple[str, 
     return {name: tuple(sorted(group - {name})) for group in names for name in group}
 
 
-def _kind(owner: nn.Module, leaf: str, shape: tuple[int, ...], fused: set[str]) -> tuple[Kind, str, str]:
+def _kind(owner: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, str, str]:
     """Kind, carrier and obstacle of the parameter ``leaf`` of a module, by the module's class."""
     if len(shape) < 2:
         return Kind.VECTOR, "", ""

@@ -7,6 +7,7 @@ For a plain decoder that is exact: its names on disk are its names in memory, an
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
@@ -18,6 +19,15 @@ _PLAIN = re.compile(
 )
 # Names that embedding tables go by; a table with another name is known by its first axis, the vocabulary.
 _TABLE = re.compile(r"(^|\.)\w*(embed|wte|wpe|shared|rel_pos|relative_attention_bias)\w*(\.\w*embeddings?)?\.weight$")
+# The last resort where no code can be asked: weights that the models known to have them take for themselves.
+# State spaces (Mamba, Jamba), relative positions (DeBERTa), position tables (OPT, BART, Whisper) and the two
+# convolutions of Whisper's encoder, whose stride is read; a LoRA on one of these does nothing or fails.
+_BYPASSED = re.compile(
+    r"(mixer|mamba)\.(dt_proj|x_proj|out_proj)\.weight$|rel_embeddings\.weight$|embed_positions\.weight$"
+    r"|position_embeddings?\.weight$|encoder\.conv[12]\.weight$"
+)
+# PEFT takes a target of one of these names for an expert's where a model has stacked experts.
+_FUSED = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _EXPERTS = re.compile(r"(^|\.|_)experts?(\.|_|$)")
 
 
@@ -45,6 +55,10 @@ def from_shapes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> d
     """Fields of a ``Layout``: one parameter per tensor, its kind read off its name and shape."""
     vocabulary = config.get("vocab_size")
     found = [_parameter(name, shapes[name], vocabulary) for name in sorted(shapes, key=_order)]
+    if any(parameter.kind is Kind.EXPERTS for parameter in found):
+        found = [
+            replace(p, carrier="parameter") if p.carrier == "module" and _FUSED.search(p.name) else p for p in found
+        ]
     fields: dict[str, Any] = {"parameters": tuple(found)}
     # A causal model without a head on disk shares its input table.
     table = "model.embed_tokens.weight"
@@ -73,6 +87,8 @@ def _parameter(name: str, shape: tuple[int, ...], vocabulary: int | None) -> Par
     if kind is Kind.EXPERTS:
         blocks = tuple((Block(name, expert),) for expert in range(shape[0]))
     obstacle = "a convolution in groups" if kind is Kind.CONVOLUTION and not carrier else ""
+    if carrier and _BYPASSED.search(name):
+        carrier, obstacle = "", "models with a weight of this name read it past a LoRA"
     return Parameter(name, kind, shape, blocks, carrier=carrier, obstacle=obstacle)
 
 

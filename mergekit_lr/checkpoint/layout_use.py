@@ -16,7 +16,10 @@ from functools import cache
 from torch import nn
 
 # Not part of a forward pass: building, initialising, loading, and the accessors of tables.
-_ASIDE = ("__init__", "_init_", "init_", "reset_", "tie_", "resize_", "set_", "from_", "load_", "prune_", "get_input_")
+_ASIDE = (
+    "__init__", "_init_", "init_", "reset_", "tie_", "resize_", "set_", "from_", "load_", "prune_", "fuse_",
+    "get_input_", "get_output_",
+)  # fmt: skip
 # What PEFT's layers pass on from the layer that they wrap.
 _PASSED_ON = {"weight", "bias", "in_features", "out_features", "training", "forward", "to"}
 # Asking a weight for one of these takes nothing from it.
@@ -30,7 +33,8 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        for chain in sorted(_chains(type(module))):
+        # The weight before the bias, as the better reason.
+        for chain in sorted(_chains(type(module)), key=lambda chain: ("weight" not in chain, chain)):
             child, depth = module, 0
             while depth < len(chain) and (inner := child._modules.get(chain[depth])) is not None:
                 child, depth = inner, depth + 1
