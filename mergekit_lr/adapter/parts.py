@@ -149,7 +149,7 @@ def _delta_of(module: str, parts: Mapping[str, Tensor], names: set[str]) -> tupl
     elif names <= loha.TENSORS:
         _require(module, parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         rank = parts["hada_w1_b"].shape[0]
-        delta, kernel = loha.product(parts, _scaling(parts, rank)), tuple(parts.get("hada_t1", _FLAT).shape[2:])
+        delta, kernel = loha.product(parts, _scaling(parts, rank), module), tuple(parts.get("hada_t1", _FLAT).shape[2:])
     elif names <= lokr.TENSORS:
         _require(
             module, parts, *(f"lokr_w{i}" if f"lokr_w{i}" in parts else f"lokr_w{i}_{s}" for i in "12" for s in "ab")
@@ -158,7 +158,7 @@ def _delta_of(module: str, parts: Mapping[str, Tensor], names: set[str]) -> tupl
         factored = [parts[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
         scaling = _scaling(parts, factored[0]) if factored else 1.0
         kernel = tuple(parts.get("lokr_t2", parts.get("lokr_w2", _FLAT)).shape[2:])
-        delta = lokr.product(parts, scaling)
+        delta = lokr.product(parts, scaling, module)
     else:
         raise FormatError(f"{module}: holds {_listed(parts)}, which is not one adapter; the file mixes dialects")
     d_out, d_in = delta.shape

@@ -42,6 +42,7 @@ TYPES = {
     "OFT": "oft",
     "OSF": "osf",
     "PSOFT": "psoft",
+    "PVERA": "vera",
     "RANDLORA": "randlora",
     "ROAD": "road",
     "SHIRA": "shira",

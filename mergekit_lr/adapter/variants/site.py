@@ -41,10 +41,7 @@ class Site:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor ``name`` in float32 (float64 stays), or an error that names what is missing."""
-        if name not in self.tensors:
-            have = ", ".join(sorted(self.tensors))
-            raise FormatError(f"{self.module}: the adapter has no tensor {name} here, only {have}")
-        return wide(self.tensors[name])
+        return part(self.tensors, name, self.module)
 
     def whole(self, name: str) -> Tensor | None:
         """The tensor ``name`` of the adapter as a whole, or None when the file leaves it out."""
@@ -66,6 +63,13 @@ class Site:
         value = self.config.get(name)
         table = self.config.get(pattern) if pattern else None
         return match(table or {}, self.module, default if value is None else value)
+
+
+def part(tensors: Mapping[str, Tensor], name: str, module: str = "module") -> Tensor:
+    """The tensor ``name`` of a module in the dtype of arithmetic, or an error that names what is missing."""
+    if name not in tensors:
+        raise FormatError(f"{module}: the adapter has no tensor {name} here, only {', '.join(sorted(tensors))}")
+    return wide(tensors[name])
 
 
 def match(table: Mapping[str, Any], module: str, default: Any) -> Any:

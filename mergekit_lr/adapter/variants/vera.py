@@ -14,26 +14,33 @@ from torch import Tensor
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.variants.site import Site
 
-TENSORS = frozenset({"vera_lambda_b", "vera_lambda_d"})
+TENSORS = frozenset({"vera_lambda_b", "vera_lambda_d", "pvera_lambda_b", "pvera_lambda_d"})
 
 
 def delta_of(site: Site) -> LowRank:
-    """vera_lambda_b (d_out,), vera_lambda_d (r,), and over all modules vera_A (r, n), vera_B (m, r)."""
-    A, B = projections(site)
+    """vera_lambda_b (d_out,), vera_lambda_d (r,), and over all modules vera_A (r, n), vera_B (m, r).
+
+    In PVeRA, lambda_d and A have 2 r entries and rows.
+    """
+    name = "pvera" if site.config["peft_type"] == "PVERA" else "vera"
+    A, B = projections(site, name)
     d_out, d_in = site.shape
-    b, d = site["vera_lambda_b"], site["vera_lambda_d"]
+    b, d = site[f"{name}_lambda_b"], site[f"{name}_lambda_d"]
+    if name == "pvera":
+        A, d = A[: len(A) // 2], d[: len(d) // 2]
     return LowRank(d[:, None] * A[:, :d_in], b[:, None] * B[:d_out])
 
 
-def projections(site: Site) -> tuple[Tensor, Tensor]:
+def projections(site: Site, name: str) -> tuple[Tensor, Tensor]:
     """The shared A and B, from the file or drawn again from ``projection_prng_key`` as PEFT draws them."""
-    A, B = site.whole("vera_A"), site.whole("vera_B")
+    A, B = site.whole(f"{name}_A"), site.whole(f"{name}_B")
     if A is not None and B is not None:
         return A, B
     rank = site.config["r"]
     d_out, d_in = (max(sizes) for sizes in zip(*site.shapes, strict=True))
     generator = torch.Generator().manual_seed(site.config["projection_prng_key"])
-    return _kaiming(rank, d_in, generator), _kaiming(d_out, rank, generator)
+    rows = 2 * rank if name == "pvera" else rank
+    return _kaiming(rows, d_in, generator), _kaiming(d_out, rank, generator)
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
