@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 LINEAR = ["wide", "tall", "square"]
 ALL = [*LINEAR, "conv", "point"]
-LOW, DENSE, MIXED = {"low-rank"}, {"dense"}, {"low-rank", "dense"}
+LOW, DENSE = {"low-rank"}, {"dense"}
 
 
 class Case(NamedTuple):
@@ -79,7 +79,7 @@ CASES = {
     "loha": case(peft.LoHaConfig, LOW, ALL, r=2, alpha=3),
     "loha cores, patterns": case(peft.LoHaConfig, LOW, ALL, r=2, rank_pattern={"tall": 3}, **CORES),
     "lokr": case(peft.LoKrConfig, LOW, ALL, r=1, alpha=3),
-    "lokr in full": case(peft.LoKrConfig, MIXED, ALL, r=9, alpha=3),
+    "lokr in full": case(peft.LoKrConfig, DENSE, ALL, r=9, alpha=3),
     "lokr cores, patterns": case(
         peft.LoKrConfig, LOW, ALL, r=1, rank_pattern={"square": 2}, decompose_both=True, **CORES
     ),
