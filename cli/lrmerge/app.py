@@ -13,7 +13,6 @@ from lrmerge.inspect import inspect
 app = typer.Typer(
     name="lrmerge",
     help="Merge models and adapters through the low rank of what fine-tuning changed.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,27 +22,32 @@ app.command()(inspect)
 app.command()(doctor)
 
 
+# What typer raises for an option or an argument that does not parse. It brings its own copy of click.
+Unparsed: type[Exception] = typer.BadParameter.__mro__[1]
+
+
 @app.callback(invoke_without_command=True)
-def version(show: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+def start(context: typer.Context, show: bool = typer.Option(False, "--version", help="Show the version.")) -> None:
     """Merge models and adapters through the low rank of what fine-tuning changed."""
     if show:
         from importlib.metadata import version
 
         print(f"lrmerge {version('lrmerge')}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and exit code 1 (data) or 2 (usage)."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        from mergekit_lr.errors import LrmergeError
+    from mergekit_lr.errors import LrmergeError, UsageError
 
-        if not isinstance(error, LrmergeError):
-            raise
+    try:
+        sys.exit(app(standalone_mode=False))
+    except LrmergeError as error:
         from lrmerge.console import fail
 
         sys.exit(fail(error))
+    except Unparsed as error:
+        from lrmerge.console import fail
+
+        sys.exit(fail(UsageError(error.format_message().rstrip("."))))  # type: ignore[attr-defined]

@@ -21,12 +21,24 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from mergekit_lr.errors import LrmergeError, printable
+
 if TYPE_CHECKING:
-    from mergekit_lr.errors import LrmergeError
     from mergekit_lr.graph.run import Progress as Step
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class _Plain(Console):
+    """Prints text as it is: it holds names from files, so nothing in it is markup, and no control character passes."""
+
+    def __init__(self, *, stderr: bool = False):
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+out = _Plain()
+err = _Plain(stderr=True)
 
 
 def fail(error: LrmergeError) -> int:
@@ -34,6 +46,11 @@ def fail(error: LrmergeError) -> int:
     # Written unwrapped, so that a long path can be copied whole.
     err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
     return error.exit_code
+
+
+def headline(subject: str, rest: str) -> None:
+    """Print one line on stdout: what it is about, and what there is to say."""
+    out.print(Text.assemble((printable(subject), "bold"), printable(f": {rest}")), soft_wrap=True)
 
 
 def emit_json(content: Any) -> None:
@@ -44,12 +61,19 @@ def emit_json(content: Any) -> None:
 @contextmanager
 def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Step], None] | None]:
     """A bar with rate and time left while a run lasts; nothing where it is quiet, plain lines off a terminal."""
-    if quiet:
-        yield None
-        return
-    if not err.is_terminal:
-        yield _plain(title)
-        return
+    try:
+        if quiet or not err.is_terminal:
+            yield None if quiet else _plain(title)
+        else:
+            with _bar(title) as advance:
+                yield advance
+    except KeyboardInterrupt:
+        err.print("interrupted: nothing is lost; the same command with --resume goes on from here")
+        raise
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[Step], None]]:
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -57,7 +81,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Step], None] | No
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}", style="dim"),
+        TextColumn("{task.fields[name]}", style="dim", markup=False),
         console=err,
         transient=True,
     )
@@ -65,7 +89,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Step], None] | No
         task = bar.add_task(title, total=None, name="")
 
         def advance(step: Step) -> None:
-            bar.update(task, total=step.total, completed=step.done, name=_short(step.name, err.width))
+            bar.update(task, total=step.total, completed=step.done, name=_short(printable(step.name), err.width))
 
         yield advance
 

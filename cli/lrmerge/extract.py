@@ -162,7 +162,7 @@ def _patterns(items: list[str]) -> dict[str, int]:
 
 
 def _show(report: ExtractReport, *, verbose: bool) -> None:
-    from lrmerge.console import duration, err, number, out, percent, size, table, word
+    from lrmerge.console import duration, err, headline, number, out, percent, size, table, word
 
     shown = table(
         word("kind"), number("modules"), number("rank"), number("size"), number("energy kept"), number("error"),
@@ -197,10 +197,10 @@ def _show(report: ExtractReport, *, verbose: bool) -> None:
         err.print(f"note: {note}", style="yellow", soft_wrap=True)
     rate = report.read_bytes / max(report.seconds, 1e-9)
     share = report.adapter_bytes / max(report.finetuned_bytes, 1)
-    out.print(
-        f"[bold]{report.out}[/]: total rank {report.total_rank}, {size(report.adapter_bytes)} = {share:.1%} of the "
-        f"fine-tune, energy kept [bold]{percent(report.energy)}[/], error {report.error:.4f}",
-        soft_wrap=True,
+    headline(
+        str(report.out),
+        f"total rank {report.total_rank}, {size(report.adapter_bytes)} = {share:.1%} of the fine-tune, energy kept "
+        f"{percent(report.energy)}, error {report.error:.4f}",
     )
     out.print(
         f"{duration(report.seconds)}, {size(rate)}/s read, peak memory {size(report.peak_bytes)}",

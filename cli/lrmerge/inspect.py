@@ -35,9 +35,9 @@ def inspect(
 
 
 def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
-    from lrmerge.console import name, number, out, size, table, word
+    from lrmerge.console import headline, name, number, out, size, table, word
 
-    out.print(f"[bold]{view.ref}[/]: checkpoint, {view.architecture or 'unnamed architecture'}", soft_wrap=True)
+    headline(view.ref, f"checkpoint, {view.architecture or 'unnamed architecture'}")
     shown = table(
         word("kind"), number("shape"), word("dtype"), number("count"), number("numbers"), number("size"),
         number("norm"), name("example"),
@@ -61,9 +61,9 @@ def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
 
 
 def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
-    from lrmerge.console import number, out, shortened, table, word
+    from lrmerge.console import headline, number, out, shortened, table, word
 
-    out.print(f"[bold]{view.ref}[/]: adapter ({view.dialect}) of {view.base or 'an unnamed base'}", soft_wrap=True)
+    headline(view.ref, f"adapter ({view.dialect}) of {view.base or 'an unnamed base'}")
     wide = out.width >= 110
     headers = (
         ("kind", "shape", "rank", "scaling", "norm", "effective", "99 %") if wide else ("shape", "rank", "norm", "99 %")

@@ -24,6 +24,8 @@ from mergekit_lr.errors import FormatError, MismatchError
 
 # File stems in the order in which transformers and diffusers would pick them.
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+# Parts of names that only the file of an adapter has.
+ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1", ".lokr_w1")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 
 
@@ -75,8 +77,8 @@ class Checkpoint:
             memory |= held
         if not tensors:
             raise FormatError(f"{ref}: holds no tensors")
-        if any(".lora_A." in name or ".lora_B." in name for name in tensors):
-            raise MismatchError(f"{ref}: is a LoRA adapter; a whole checkpoint is expected here")
+        if any(mark in name for name in tensors for mark in ADAPTER_MARKS):
+            raise MismatchError(f"{ref}: is an adapter, not a checkpoint; give the whole model")
         return cls._assembled(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
 
     @classmethod

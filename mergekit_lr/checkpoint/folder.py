@@ -6,6 +6,7 @@ removed last, so no moment of a crash loses it.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from mergekit_lr.errors import UsageError
 
 # A folder that holds one of these was made by a tool of this field and may be replaced on request.
 RESULTS = ("lrmerge.json", "adapter_config.json")
+# One that holds one of these is our own unfinished work.
+UNFINISHED = (*RESULTS, "journal.jsonl")
 
 
 class OutputFolder:
@@ -26,15 +29,18 @@ class OutputFolder:
             reads, which it must never replace.
 
     Raises:
-        UsageError: OUT exists, is an input, or is no result that may be replaced.
+        UsageError: OUT exists, is an input, is no result that may be replaced, or cannot be written.
+        CapacityError: the disk is full.
     """
 
     def __init__(self, out: str | Path, *, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()):
-        self.out = Path(out).expanduser()
+        # Absolute, so that "." has a name; through links, so that what they point to is replaced and not they.
+        self.out = Path(os.path.realpath(Path(out).expanduser()))
+        if not self.out.name:
+            raise UsageError(f"{out}: --out names a folder to make, this is the root of the disk")
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self._old = self.out.with_name(self.out.name + ".old")
-        self._check(overwrite, inputs)
         try:
+            self._check(overwrite, [path.resolve() for path in inputs])
             if self.partial.exists() and not resume:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -45,30 +51,38 @@ class OutputFolder:
 
     def finish(self) -> Path:
         """Put the finished folder at OUT and return its path."""
+        old = None
         if self.out.exists():
-            if self._old.exists():
-                shutil.rmtree(self._old)
-            self.out.rename(self._old)
+            old = next(place for i in range(1000) if not (place := self._aside(i)).exists())
+            self.out.rename(old)
         self.partial.rename(self.out)
-        if self._old.exists():
-            shutil.rmtree(self._old)
+        if old is not None:
+            shutil.rmtree(old)
         return self.out
 
     def discard(self) -> None:
         """Remove the unfinished work."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _check(self, overwrite: bool, inputs: Iterable[Path]) -> None:
-        target = self.out.resolve()
+    def _aside(self, count: int) -> Path:
+        return self.out.with_name(f"{self.out.name}.old{count or ''}")
+
+    def _check(self, overwrite: bool, inputs: list[Path]) -> None:
         for path in inputs:
-            source = path.resolve()
-            if target == source or target in source.parents:
-                raise UsageError(f"{self.out}: is an input of this run; choose another --out")
+            if path in (self.out, self.partial) or self.out in path.parents or self.partial in path.parents:
+                raise UsageError(f"{self.out}: is or holds an input of this run; choose another --out")
+        if self.partial.exists():
+            held = _names(self.partial)
+            if held and not any(name in held for name in UNFINISHED):
+                raise UsageError(
+                    f"{self.partial}: is needed for unfinished work and holds something else; move it, or choose "
+                    "another --out"
+                )
         if not self.out.exists():
             return
         if not self.out.is_dir():
             raise UsageError(f"{self.out}: is a file; --out names a folder")
-        held = [path.name for path in self.out.iterdir()]
+        held = _names(self.out)
         if not held:
             return
         if not overwrite:
@@ -77,3 +91,7 @@ class OutputFolder:
             raise UsageError(
                 f"{self.out}: holds no result of lrmerge, so --overwrite does not replace it; remove it first"
             )
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}

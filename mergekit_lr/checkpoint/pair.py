@@ -165,13 +165,26 @@ def _refuse_missing(base: Checkpoint, finetuned: Checkpoint, missing: list[str],
 
 
 def refuse_nan(sides: Sides, pair: Pair, base: Checkpoint, finetuned: Checkpoint) -> None:
-    """Raise for the side of a pair that holds NaN or Inf.
+    """Raise for a pair whose difference is not finite: one side holds NaN or Inf, or the difference overflows.
 
     Raises:
         FormatError: naming the file and the tensor.
     """
-    for tensor, parameter, checkpoint in zip(sides, (pair.finetuned, pair.base), (finetuned, base), strict=True):
-        if not bool(torch.isfinite(tensor.float()).all()):
-            name = parameter.blocks[0][0].tensor
-            place = checkpoint.tensors[name].file if name in checkpoint.tensors else checkpoint.ref
-            raise FormatError(f"{place}: tensor {name} holds NaN or Inf; the checkpoint is damaged")
+    refuse_nan_in(sides.finetuned, pair.finetuned, finetuned)
+    refuse_nan_in(sides.base, pair.base, base)
+    raise FormatError(f"{finetuned.ref}: tensor {pair.name} minus the base's overflows; one of the two is damaged")
+
+
+def refuse_nan_in(tensor: Tensor, parameter: Parameter, checkpoint: Checkpoint) -> None:
+    """Raise where ``tensor``, read as ``parameter`` of ``checkpoint``, holds NaN or Inf.
+
+    Raises:
+        FormatError: naming the file and the tensor.
+    """
+    # In float32, as float8 knows no isfinite.
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        info = checkpoint.tensors[parameter.blocks[0][0].tensor]
+        place = info.file if checkpoint.folder else checkpoint.ref
+        raise FormatError(
+            f"{place}: tensor {parameter.blocks[0][0].tensor} holds NaN or Inf; the checkpoint is damaged"
+        )

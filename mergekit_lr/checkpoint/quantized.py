@@ -16,7 +16,6 @@ from mergekit_lr.checkpoint.safetensors import TensorInfo
 from mergekit_lr.errors import FormatError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("_scale_inv", "_scale")
 # The tensor that only a format of this name writes beside, or in place of, a weight.
 MARKS = {
     ".qweight": "GPTQ or AWQ",
@@ -41,23 +40,33 @@ def find_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, Scale]:
     for name, info in tensors.items():
         if info.dtype not in FP8 or len(info.shape) != 2:
             continue
-        for suffix in SCALES:
-            if (scale := tensors.get(name + suffix)) is not None:
-                grid = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1, 1)[:2]
-                block = tuple(_block(size, count) for size, count in zip(info.shape, grid, strict=True))
-                scales[name] = Scale(name + suffix, scale, (block[0], block[1]))
-                break
+        if (found := _scale_of(name, tensors)) is not None:
+            scale = tensors[found]
+            grid = (*scale.shape, 1, 1)[: max(2, len(scale.shape))]
+            block = [_block(size, count) for size, count in zip(info.shape, grid, strict=False)]
+            if len(grid) != 2 or 0 in block:
+                raise FormatError(
+                    f"{scale.file}: scale {found} of shape {list(scale.shape)} does not fit the fp8 weight {name} of "
+                    f"shape {list(info.shape)}; give the model in bf16, fp16 or fp32"
+                )
+            scales[name] = Scale(found, scale, (block[0], block[1]))
     return scales
 
 
+def _scale_of(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The tensor that scales the weight ``name``: DeepSeek's, compressed-tensors', ComfyUI's name for it."""
+    names = (f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}scale_weight")
+    return next((found for found in names if found in tensors), None)
+
+
 def _block(size: int, count: int) -> int:
-    """Side of the blocks when ``count`` of them cover ``size``: the power of two from 128 up that fits, or even."""
-    if size % count == 0:
-        return size // count
-    side = 128
-    while -(-size // side) > count:
+    """Side of the blocks when ``count`` of them cover ``size``: a power of two, or even parts; 0 where neither."""
+    side = 1
+    while count and -(-size // side) > count:
         side *= 2
-    return side
+    if -(-size // side) == count:
+        return side
+    return size // count if count and size % count == 0 else 0
 
 
 def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -76,6 +85,8 @@ def refuse_quantised(ref: str, tensors: Mapping[str, TensorInfo]) -> None:
     """
     for name, info in tensors.items():
         kind = next((kind for mark, kind in MARKS.items() if name.endswith(mark)), None)
+        if info.dtype in FP8 and len(info.shape) != 2 and _scale_of(name, tensors) is not None:
+            kind = "fp8 in a stack"
         if kind is None and name.endswith(".weight") and len(info.shape) >= 2 and not info.dtype.is_floating_point:
             kind = str(info.dtype).removeprefix("torch.")
         if kind is not None:

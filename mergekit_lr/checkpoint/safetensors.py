@@ -63,15 +63,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         FormatError: the file is no safetensors file, is truncated, or its header contradicts it.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise FormatError(
-                f"{path}: not a whole safetensors file: its header should be {length} bytes long, the file is "
-                f"{size} bytes; download or save it again"
-            )
-        raw = file.read(length)
+    size, length, raw = _raw_header(path)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -92,6 +84,23 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         problem = "is truncated" if end > size else "has bytes that no tensor owns"
         raise FormatError(f"{path}: {problem}: the header accounts for {end} bytes, the file has {size}")
     return tensors, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _raw_header(path: Path) -> tuple[int, int, bytes]:
+    """Size of the file, length of its header, and the header."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+                announced = (
+                    f"announces a header of {length} bytes" if size >= 8 else "should begin with 8 bytes of length"
+                )
+                problem = "is empty" if size == 0 else f"has {size} bytes and {announced}"
+                raise FormatError(f"{path}: {problem}: not a whole safetensors file; download or save it again")
+            return size, length, file.read(length)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
@@ -152,7 +161,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = type(dtype) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         whole = False
         dtype, shape, begin, end = None, (), 0, 0

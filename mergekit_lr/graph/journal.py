@@ -73,7 +73,9 @@ class Journal:
         self._places[name], self.figures[name] = places, figures
 
     def forget(self, name: str) -> None:
-        """Let node ``name`` be computed again; its later result counts."""
+        """Let node ``name`` be computed again, in a resumed run too; its later result counts."""
+        self._log.write(json.dumps({"forget": name}) + "\n")
+        self._log.flush()
         del self.figures[name]
 
     def tensor(self, name: str, key: str) -> Tensor:
@@ -94,6 +96,9 @@ class Journal:
             return 0
         size = self._data.stat().st_size
         for entry in entries[1:]:
+            if "forget" in entry:
+                self.figures.pop(entry["forget"], None)
+                continue
             places = {}
             for key, (dtype, shape, offset) in entry["tensors"].items():
                 nbytes = math.prod(shape) * DTYPES[dtype].itemsize

@@ -40,7 +40,7 @@ def resources(*, device: str = "auto", memory: str | int | None = None, threads:
     """
     place = _device(device)
     resident = resident_bytes()
-    total = parse_size(memory) if memory is not None else resident + free_memory() // 2
+    total = parse_size(memory, "--memory") if memory is not None else resident + free_memory() // 2
     working = total - resident - OVERHEAD
     if working <= 0:
         raise CapacityError(
@@ -53,15 +53,15 @@ def resources(*, device: str = "auto", memory: str | int | None = None, threads:
     return Resources(place, total, working, 1 if place.type == "cuda" else workers)
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes from ``200MB``, ``1.5GiB`` or a plain number; MB is 10^6, MiB is 2^20.
+def parse_size(text: str | int, option: str = "") -> int:
+    """Bytes from ``200MB``, ``1.5GiB`` or a plain number; MB is 10^6, MiB is 2^20. ``option``: what the text is for.
 
     Raises:
         UsageError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtKMGT]?i?)[bB]?\s*", str(text))
     if match is None or match[2].upper() not in UNITS:
-        raise UsageError(f"{text!r} is not a size; write 200MB, 8GB, 1.5GiB or a number of bytes")
+        raise UsageError(f"{f'{option} {text}'.strip()} is not a size; write 200MB, 8GB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

@@ -7,6 +7,7 @@ there once all ranks are known.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.report.extraction import ExtractReport
-from mergekit_lr.report.manifest import describe
+from mergekit_lr.report.manifest import describe, versions
 from mergekit_lr.verbs.extract_compute import Extraction, Finished
 from mergekit_lr.verbs.extract_plan import ExtractPlan, plan_extract
 from mergekit_lr.verbs.extract_result import assemble, in_memory, saturated, write
@@ -94,7 +95,8 @@ def compute(plan: ExtractPlan, journal: Journal, progress: Callable[[Progress], 
     """Run every batch that the journal does not hold yet.
 
     With a byte budget the first look may have ended too early for some modules: those are looked at again, twice as
-    deep, until the budget is spent where it keeps most.
+    deep, until the budget is spent where it keeps most. Each such decision is journaled behind the results it was made
+    from, so that a resumed run does not make another one from results of mixed depths.
     """
     work = Extraction(plan.base, plan.finetuned, plan.resources.device, plan.dtype, plan.seed)
 
@@ -102,15 +104,23 @@ def compute(plan: ExtractPlan, journal: Journal, progress: Callable[[Progress], 
         for node, done in zip(batch.nodes, results, strict=True):
             journal.add(node.name, done.tensors, done.figures)
 
-    current: ExtractPlan | None = plan
-    while current is not None:
-        left = current.schedule.without(journal)
-        run(left, read=work.read, compute=work.compute, write=keep, progress=progress)
-        current = saturated(current, journal)
+    current, look = plan, 1
+    while True:
+        decision = f"--size: look {look}"
+        if decision not in journal:
+            left = current.schedule.without(journal)
+            run(left, read=work.read, compute=work.compute, write=keep, progress=progress)
+            deeper = saturated(current, journal)
+            if not deeper:
+                return
+            journal.add(decision, {}, deeper)
+        current, look = current.deeper(journal.figures[decision]), look + 1
 
 
 def _fingerprint(plan: ExtractPlan) -> str:
     """What must be the same for a journal to be continued: options and inputs, not where or how fast they run."""
     options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
-    times = [[path.stat().st_mtime_ns for path in c.files if c.folder] for c in (plan.base, plan.finetuned)]
-    return fingerprint(options, describe(plan.base), describe(plan.finetuned), times)
+    inputs = (plan.base, plan.finetuned)
+    # Tensors in memory bear no mark of their content: such a run always starts anew.
+    times = [[p.stat().st_mtime_ns for p in c.files] if c.folder else os.urandom(16).hex() for c in inputs]
+    return fingerprint(options, *map(describe, inputs), times, versions())

@@ -148,6 +148,11 @@ class ExtractPlan:
         batches = schedule(nodes, budget=self.resources.working, workers=self.resources.workers)
         return replace(self, ranks=ranks, steps=made, schedule=batches)
 
+    def deeper(self, counts: Mapping[str, int]) -> ExtractPlan:
+        """The same plan with more singular values of some parameters, ``counts`` by name."""
+        patterns = {f"^{re.escape(name)}$": count for name, count in counts.items()}
+        return self.with_ranks(replace(self.ranks, pattern=dict(self.ranks.pattern) | patterns))
+
     def to_json(self) -> dict[str, Any]:
         """The plan, ready for JSON."""
         cost = self.schedule.cost
@@ -219,7 +224,7 @@ def plan_extract(
         dtype=stored,
         ranks=_ranks(rank, energy, error, size, max_rank, multiple_of, rank_pattern or {}, storage_dtype(new)),
         selection=Selection(include, exclude, embeddings, rest),
-        budget=parse_size(size) if size is not None else None,
+        budget=parse_size(size, "--size") if size is not None else None,
         keep_grown=vocab == "keep",
         seed=seed,
         options=options | {"dtype": str(stored).removeprefix("torch.")},
@@ -300,19 +305,20 @@ def _ranks(rank, energy, error, size, max_rank, multiple_of, pattern, stored: to
     named = [option for option, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{named[0]} and {named[1]} both choose the rank; give one")
+    if rank is not None and rank != "auto" and (type(rank) is not int or rank < 1):
+        raise UsageError(f"--rank {rank}: a number from 1, or auto")
+    if low := next((key for key, count in pattern.items() if count < 1), None):
+        raise UsageError(f"--rank-pattern {low}={pattern[low]}: ranks start at 1; use --exclude to leave a module out")
     try:
         limits = {"multiple_of": multiple_of, "max_rank": max_rank}
         if rank == "auto":
             return Ranks(RankRule(floor=0.0, **limits), stored, dict(pattern))
         if energy is not None or error is not None:
             return Ranks(RankRule(energy=energy, error=error, **limits), None, dict(pattern))
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise UsageError(f"--rank {rank}: a number from 1, or auto")
-        if any(count < 1 for count in pattern.values()):
-            raise UsageError("--rank-pattern: ranks start at 1; use --exclude to leave a module out")
         return Ranks(RankRule(count=rank or DEFAULT_RANK, **limits), None, dict(pattern))
     except ValueError as problem:
-        raise UsageError(str(problem)) from None
+        option, _, rest = str(problem).partition(" ")
+        raise UsageError(f"--{option.replace('_', '-')} {rest}") from None
 
 
 def _first_look(plan: ExtractPlan) -> Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import replace
@@ -14,7 +15,10 @@ from torch import Tensor
 from mergekit_lr.adapter import peft
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
-from mergekit_lr.checkpoint.pair import read_whole
+from mergekit_lr.checkpoint.pair import read_whole, refuse_nan_in
+from mergekit_lr.checkpoint.parameter import Parameter
+from mergekit_lr.checkpoint.quantized import FP8
+from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.card import extraction_card
@@ -22,6 +26,8 @@ from mergekit_lr.report.extraction import Carried, ExtractReport, ModuleFigures
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.verbs.extract_plan import ExtractPlan, Step, Treatment, stored_per_rank
 
+# Of one entry in a safetensors header beside its tensor's name in memory, and of what frames them all: the most.
+HEADER_BYTES = 200
 # PEFT's task type by the end of the class name that a config gives.
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -36,32 +42,89 @@ TASKS = {
 def final_ranks(plan: ExtractPlan, journal: Journal) -> dict[str, int]:
     """The rank of every decomposed parameter: what its rule chose, or its share of the byte budget.
 
-    All experts of a stack get the rank of the one that needs most, as their factors share one tensor.
+    All experts of a stack get the rank of the one that needs most, as their factors share one tensor. The budget is of
+    the whole file: what is saved in full and the header come first, then ranks that were asked for by pattern.
+
+    Raises:
+        UsageError: the budget does not even hold those, or no rank of any module.
     """
     spectra = {step.pair.name: _spectrum(step, journal) for step in _decomposed(plan)}
+    ranks = {name: len(values) for name, values in spectra.items()}
     if plan.budget is None:
-        return {name: len(values) for name, values in spectra.items()}
-    costs = [stored_per_rank(step) * plan.dtype.itemsize for step in _decomposed(plan)]
-    rule = plan.ranks.rule
-    ranks = allocate(list(spectra.values()), costs, plan.budget, max_rank=rule.max_rank, multiple_of=rule.multiple_of)
-    return dict(zip(spectra, ranks, strict=True))
+        return ranks
+    shared = [step for step in _decomposed(plan) if not _has_own_rank(plan, step)]
+    names, costs = [step.pair.name for step in shared], [_bytes_per_rank(plan, step) for step in shared]
+    rule, left = plan.ranks.rule, plan.budget
+    while True:
+        # What the rest takes is known once it is known which modules have factors at all.
+        bought = allocate(
+            [spectra[name] for name in names], costs, left, max_rank=rule.max_rank, multiple_of=rule.multiple_of
+        )
+        ranks |= zip(names, bought, strict=True)
+        excess = _file_bytes(plan, journal, ranks) - plan.budget
+        nothing = not any(ranks.values()) and any(spectra.values())
+        if nothing or (excess > 0 and not any(bought)):
+            needed = plan.budget + max(excess, 0) + min(costs, default=0)
+            raise UsageError(
+                f"--size {plan.options['size']}: not even one rank fits beside what is saved in full; raise it to "
+                f"{needed} bytes or more, or leave something out (--rest skip, --embeddings skip, --exclude)"
+            )
+        if excess <= 0:
+            return ranks
+        left = sum(cost * rank for cost, rank in zip(costs, bought, strict=True)) - excess
 
 
-def saturated(plan: ExtractPlan, journal: Journal) -> ExtractPlan | None:
-    """With a byte budget: the plan to look deeper at the modules that would take all that was computed of them."""
+def saturated(plan: ExtractPlan, journal: Journal) -> dict[str, int]:
+    """With a byte budget: the modules that would take all that was computed of them, to a rank to look further to.
+
+    Their results are forgotten.
+    """
     if plan.budget is None:
-        return None
+        return {}
     ranks = final_ranks(plan, journal)
     limit = plan.ranks.rule.max_rank
     deeper = {}
     for step in _decomposed(plan):
         name, known = step.pair.name, len(_spectrum(step, journal))
         full = min(step.pair.base.matrix_shape)
-        if ranks[name] == known and 0 < known < min(full, limit or full):
-            deeper[f"^{re.escape(name)}$"] = 2 * known
+        if not _has_own_rank(plan, step) and ranks[name] == known and 0 < known < min(full, limit or full):
+            deeper[name] = 2 * known
             for node in step.nodes:
                 journal.forget(node.name)
-    return plan.with_ranks(replace(plan.ranks, pattern=deeper | dict(plan.ranks.pattern))) if deeper else None
+    return deeper
+
+
+def _has_own_rank(plan: ExtractPlan, step: Step) -> bool:
+    return any(re.search(pattern, step.pair.name) for pattern in plan.options["rank_pattern"] or ())
+
+
+def _bytes_per_rank(plan: ExtractPlan, step: Step) -> int:
+    """Bytes of one unit of rank in the file, where a tie has its factors at every end."""
+    return stored_per_rank(step) * len(plan.pairing.layout.ends(step.pair.name)) * plan.dtype.itemsize
+
+
+def _file_bytes(plan: ExtractPlan, journal: Journal, ranks: dict[str, int]) -> int:
+    """At most so many bytes has the file with these ranks: factors, what is saved in full, header."""
+    layout = plan.pairing.layout
+    slots = peft.carry(layout, _changed(plan, journal, ranks), full=_in_full(plan))
+    total = HEADER_BYTES
+    for step in _decomposed(plan):
+        if rank := ranks[step.pair.name]:
+            ends = layout.ends(step.pair.name)
+            total += rank * _bytes_per_rank(plan, step) + sum(2 * (len(end.name) + HEADER_BYTES) for end in ends)
+    for name, parameter in _sources(plan).items():
+        if name in slots.saved:
+            dtype = plan.finetuned.tensors[parameter.blocks[0][0].tensor].dtype
+            itemsize = max(dtype.itemsize, 4 if dtype in FP8 else 1)  # what has a scale is saved in float32
+            ends = layout.ends(name) if name in layout.by_name else (parameter,)
+            total += sum(math.prod(parameter.shape) * itemsize + len(end.name) + HEADER_BYTES for end in ends)
+    return total
+
+
+def _sources(plan: ExtractPlan) -> dict[str, Parameter]:
+    """By name what the fine-tune can give in full."""
+    sources = {step.pair.name: step.pair.finetuned for step in plan.steps}
+    return sources | {parameter.name: parameter for parameter in plan.pairing.added}
 
 
 def assemble(plan: ExtractPlan, journal: Journal, out: str | None, started: float) -> tuple[Adapter, ExtractReport]:
@@ -78,9 +141,10 @@ def assemble(plan: ExtractPlan, journal: Journal, out: str | None, started: floa
             modules.append(_figures(step, journal, ranks[name]))
         else:
             others.append(_other(step, journal, slots))
-    sources = {step.pair.name: step.pair.finetuned for step in plan.steps}
-    sources |= {parameter.name: parameter for parameter in plan.pairing.added}
+    sources = _sources(plan)
     saved = {name: read_whole(plan.finetuned, p) for name, p in sources.items() if name in slots.saved}
+    for name, tensor in saved.items():
+        refuse_nan_in(tensor, sources[name], plan.finetuned)
     others += [Carried(p.name, "saved", 0.0, "only the fine-tune has it") for p in plan.pairing.added]
     ties = plan.pairing.layout.ties
     others += [Carried(name, "tied", 0.0, source) for name, source in ties.items() if name not in sources]

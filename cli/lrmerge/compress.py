@@ -1,0 +1,246 @@
+"""``lrmerge compress ADAPTER``: a LoRA at lower ranks, or in the form that a server loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lrmerge import options as opt
+
+if TYPE_CHECKING:
+    from mergekit_lr.report.compression import AdapterReport, ModuleChange
+    from mergekit_lr.verbs.compress_plan import CompressPlan
+
+RANK = "How to choose the rank"
+WHAT = "What to compress, and what for"
+
+
+def compress(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT folder, a file of any dialect, a Hub id.")],
+    out: opt.Out = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", metavar="N", help="Of every module.", rich_help_panel=RANK)
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error",
+            "--rel-error",
+            metavar="F",
+            help="Keep each relative error at or below; 0: the ranks that are really there.",
+            rich_help_panel=RANK,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", "--bytes", metavar="SIZE", help="One budget for all: 50MB.", rich_help_panel=RANK),
+    ] = None,
+    max_params: Annotated[
+        int | None,
+        typer.Option("--max-params", metavar="N", help="One budget for all, in numbers.", rich_help_panel=RANK),
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-rank", metavar="N", help="Never more; alone: no more than is really there.", rich_help_panel=RANK
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
+    ] = 1,
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rank-pattern", metavar="REGEX=N", help="A rank of their own; repeatable.", rich_help_panel=RANK
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include", "-i", metavar="REGEX", help="Only these; others stay as they are.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude", "-e", metavar="REGEX", help="Not these; they stay as they are.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["vllm", "sglang", "tensorrt-llm", "peft"] | None,
+        typer.Option("--target", help="Make it fit a server; alone: without compressing.", rich_help_panel=WHAT),
+    ] = None,
+    to: Annotated[
+        Literal["peft", "kohya", "lycoris", "diffusers", "comfy"] | None,
+        typer.Option("--to", help="Dialect of the result [that of ADAPTER].", rich_help_panel=WHAT),
+    ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option("--component", metavar="NAME", help="unet, text_encoder ...", rich_help_panel=WHAT),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="The base, where names need it.", rich_help_panel=WHAT),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [that of ADAPTER]."),
+    ] = None,
+    memory: opt.Memory = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Compress a LoRA to lower ranks after training.
+
+    Every module becomes its best approximation, and its error is known exactly. Modules that need all of their rank
+    stay as they are, byte for byte.
+    """
+    from lrmerge.console import emit_json, progress
+    from lrmerge.extract import _patterns, _rank
+    from mergekit_lr.verbs.compress import compress as run
+    from mergekit_lr.verbs.compress_plan import plan_compress
+
+    chosen = {
+        "rank": _rank(rank),
+        "energy": energy,
+        "error": error,
+        "size": size,
+        "max_params": max_params,
+        "max_rank": max_rank,
+        "multiple_of": multiple_of,
+        "rank_pattern": _patterns(rank_pattern or []),
+        "include": include or [],
+        "exclude": exclude or [],
+        "to": to,
+        "target": target,
+        "component": component,
+        "base": base,
+        "dtype": dtype,
+        "memory": memory,
+        "device": device,
+        "threads": threads,
+    }
+    if dry_run:
+        plan = plan_compress(adapter, **chosen)
+        emit_json(plan.to_json()) if as_json else _show_plan(plan, verbose=verbose)
+        return
+    path = out if out is not None else default_out(adapter, "-compressed", to if target is None else "peft")
+    with progress("compress", quiet=quiet or as_json) as advance:
+        report = run(adapter, path, overwrite=overwrite, progress=advance, **chosen)
+    if as_json:
+        emit_json(report.to_json())
+    elif not quiet:
+        show(report, verbose=verbose)
+
+
+def default_out(adapter: str, ending: str, to: str | None) -> Path:
+    """A name beside nothing else: that of the source with ``ending``, a file's where a file is written."""
+    name = Path(adapter.partition("@")[0])
+    file = name.suffix == ".safetensors" if to is None else to != "peft"
+    return Path(f"{name.stem if name.suffix == '.safetensors' else name.name}{ending}{'.safetensors' if file else ''}")
+
+
+def show(report: AdapterReport, *, verbose: bool) -> None:
+    """The table of a compression or a conversion, its notes and its totals."""
+    from rich.table import Table
+
+    from lrmerge.console import duration, err, out, percent, size
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("what", "kind", "modules", "rank", "stored", "energy kept", "error", "worst module"):
+        right = column not in ("what", "kind", "worst module")
+        table.add_column(column, justify="right" if right else "left", no_wrap=right)
+    for state, kind in dict.fromkeys((m.state, m.kind) for m in report.modules):
+        group = [m for m in report.modules if (m.state, m.kind) == (state, kind)]
+        norm, lost = sum(m.squared_norm for m in group), sum(m.squared_error for m in group)
+        worst = max(group, key=lambda m: m.error)
+        share = lost / norm if norm else 0.0
+        table.add_row(
+            state,
+            kind,
+            str(len(group)),
+            _change(_range([m.rank_before for m in group]), _range([m.rank for m in group])),
+            _change(*(_count(sum(n)) for n in ([m.stored_before for m in group], [m.stored for m in group]))),
+            percent(1 - share),
+            f"{share**0.5:.4f}",
+            f"{worst.name} {worst.error:.4f}" if worst.error else "",
+        )
+    if report.modules:
+        out.print(table)
+    if verbose:
+        for module in report.modules:
+            out.print(_line(module), soft_wrap=True)
+        for other in report.others:
+            out.print(f"{other.state} {other.part} {other.name} {size(other.nbytes)}", soft_wrap=True)
+    elif report.others:
+        states = sorted({(o.state, o.part) for o in report.others})
+        counts = (f"{sum((o.state, o.part) == s for o in report.others)} {s[1]} {s[0]}" for s in states)
+        out.print(f"beside the factors: {', '.join(counts)}", soft_wrap=True)
+    for note in report.notes:
+        err.print(f"note: {note}", style="yellow", soft_wrap=True)
+    computed = any(m.state in ("compressed", "decomposed", "folded") for m in report.modules)
+    rounding = f" (and {report.rounding:.1g} from rounding to {report.dtype})" if computed else ""
+    out.print(
+        f"[bold]{report.out}[/] ({report.to}): total rank {report.rank_before} -> {report.total_rank}, "
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)}, energy kept [bold]{percent(report.energy)}[/], "
+        f"error {report.error:.4f}{rounding}",
+        soft_wrap=True,
+    )
+    out.print(f"{duration(report.seconds)}, peak memory {size(report.peak_bytes)}", style="dim", soft_wrap=True)
+
+
+def _line(m: ModuleChange) -> str:
+    shape = "x".join(map(str, m.shape))
+    why = f" ({m.reason})" if m.reason else ""
+    return f"{m.state} {m.name} {shape}: rank {m.rank_before} -> {m.rank}, error {m.error:.4g}{why}"
+
+
+def _change(before: str, after: str) -> str:
+    return before if before == after else f"{before} -> {after}"
+
+
+def _range(ranks: list[int]) -> str:
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
+
+
+def _count(numbers: int) -> str:
+    for unit, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if numbers >= factor:
+            return f"{numbers / factor:.3g}{unit}"
+    return str(numbers)
+
+
+def _show_plan(plan: CompressPlan, *, verbose: bool) -> None:
+    from lrmerge.console import out, size
+
+    groups: dict[tuple[bool, str, int], int] = {}
+    for step in plan.steps:
+        key = (step.rule is not None, str(step.weight.kind), step.weight.delta.rank)
+        groups[key] = groups.get(key, 0) + 1
+    for (compressed, kind, rank), count in groups.items():
+        out.print(f"{'compress' if compressed else 'keep'}: {count} {kind} modules of rank {rank}")
+    if verbose:
+        for step in plan.steps:
+            action = "keep" if step.rule is None else "compress"
+            out.print(
+                f"{action} {step.name} {list(step.weight.delta.shape)} rank {step.weight.delta.rank} {step.reason}".rstrip(),
+                soft_wrap=True,
+            )
+    cost = plan.schedule.cost
+    out.print(
+        f"{len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers: "
+        f"{size(cost.read)} to read, {cost.flops / 1e9:.2f} GFLOP, peak memory "
+        f"{size(plan.resources.memory - plan.resources.working + plan.schedule.peak)}; written as {plan.to}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,125 @@
+"""``lrmerge convert ADAPTER --to DIALECT``: another dialect, another type, another layout of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lrmerge import options as opt
+
+RANK = "Where a change is not of low rank"
+WHAT = "What to write"
+
+
+def convert(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A PEFT folder of any type, a file of any dialect, a Hub id.")
+    ],
+    to: Annotated[
+        Literal["peft", "kohya", "lycoris", "diffusers", "comfy"],
+        typer.Option("--to", help="Dialect of the result.", rich_help_panel=WHAT),
+    ],
+    out: opt.Out = None,
+    experts: Annotated[
+        Literal["fused", "per-expert"] | None,
+        typer.Option("--experts", help="On stacks of experts, or on single ones.", rich_help_panel=WHAT),
+    ] = None,
+    dora: Annotated[
+        Literal["keep", "fold"],
+        typer.Option("--dora", help="fold: into factors; needs --base.", rich_help_panel=WHAT),
+    ] = "keep",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="The base: names, kinds, weights.", rich_help_panel=WHAT),
+    ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option("--component", metavar="NAME", help="unet, text_encoder ...", rich_help_panel=WHAT),
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", metavar="N", help="Of every such module [64].", rich_help_panel=RANK)
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error",
+            "--rel-error",
+            metavar="F",
+            help="Keep each relative error at or below; 0: lossless.",
+            rich_help_panel=RANK,
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", metavar="N", help="Never more than this.", rich_help_panel=RANK)
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
+    ] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [as they are]."),
+    ] = None,
+    device: opt.Device = "auto",
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Convert an adapter: between dialects, PEFT's types, and layouts of experts.
+
+    Lossless where the formats allow it: factors and scales stay as they are. What is not of low rank is decomposed, and
+    the loss is reported.
+    """
+    from lrmerge.compress import default_out, show
+    from lrmerge.console import emit_json, progress
+    from lrmerge.extract import _rank
+    from mergekit_lr.verbs.convert import convert as run
+    from mergekit_lr.verbs.convert_plan import plan_convert
+
+    chosen = {
+        "to": to,
+        "experts": experts,
+        "dora": dora,
+        "base": base,
+        "component": component,
+        "rank": _rank(rank),
+        "energy": energy,
+        "error": error,
+        "max_rank": max_rank,
+        "multiple_of": multiple_of,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+    }
+    if dry_run:
+        plan = plan_convert(adapter, **chosen)  # type: ignore[arg-type]
+        emit_json(plan.to_json()) if as_json else _show_plan(plan, verbose=verbose)
+        return
+    path: Path = out if out is not None else default_out(adapter, f"-{to}", to)
+    with progress("convert", quiet=quiet or as_json) as advance:
+        report = run(adapter, path, overwrite=overwrite, progress=advance, **chosen)
+    if as_json:
+        emit_json(report.to_json())
+    elif not quiet:
+        show(report, verbose=verbose)
+
+
+def _show_plan(plan, *, verbose: bool) -> None:
+    from lrmerge.console import out, size
+
+    for action in dict.fromkeys(step.action for step in plan.steps):
+        group = [step for step in plan.steps if step.action == action]
+        reasons = sorted({step.reason for step in group if step.reason})
+        out.print(f"{action}: {len(group)} modules{' (' + ', '.join(reasons) + ')' if reasons else ''}", soft_wrap=True)
+    if verbose:
+        for step in plan.steps:
+            out.print(f"{step.action} {step.name} {step.reason}".rstrip(), soft_wrap=True)
+    out.print(f"{plan.source.dialect} -> {plan.to}, {size(plan.source.nbytes)} to read", soft_wrap=True)
