@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.file import Source, read_file, with_hashes, write_file
-from mergekit_lr.adapter.kohya import refuse_leftovers
+from mergekit_lr.adapter.kohya import IMAGE_MODELS, in_components, refuse_leftovers
 from mergekit_lr.adapter.parts import by_module, change_of, parts_of
 from mergekit_lr.checkpoint.parameter import Parameter
 from mergekit_lr.errors import FormatError, MismatchError, UsageError
@@ -36,7 +36,7 @@ def open_comfy(
     Args:
         source: Path of the file, or its tensors.
         metadata: Metadata to add to the file's.
-        base: The base's parameters by name, with ``diffusion_model.`` in front; checks names and shapes.
+        base: The base's parameters by name, with or without component; checks names and shapes.
 
     Raises:
         FormatError: no safetensors file, unknown or missing tensors.
@@ -78,12 +78,15 @@ def read_dotted(
     """An adapter from tensors whose modules are paths with dots under one of ``components``."""
     weights: dict[str, AdaptedWeight] = {}
     added: dict[str, Tensor] = {}
+    known = in_components(base or {})
+    groups = {_group(name) for name in known}
     for module, parts in by_module(tensors, where).items():
         if module.partition(".")[0] not in components:
             raise FormatError(f"{where}: module {module} is under none of {', '.join(components)}")
-        if base is not None and f"{module}.weight" not in base:
+        parameter = known.get(f"{module}.weight")
+        if parameter is None and _group(module) in groups:
             raise MismatchError(f"{where}: the base has no module {module}")
-        change = change_of(module, parts, None if base is None else base[f"{module}.weight"])
+        change = change_of(module, parts, parameter)
         if change.weight is not None:
             weights[f"{module}.weight"] = change.weight
         if change.added is not None:
@@ -91,6 +94,12 @@ def read_dotted(
         if change.added_bias is not None:
             added[f"{module}.bias"] = change.added_bias
     return Adapter(weights, metadata=metadata, added=added)
+
+
+def _group(name: str) -> str:
+    """What of a base a name belongs to: its image model, or one of its text encoders."""
+    component = name.partition(".")[0]
+    return "image" if component in IMAGE_MODELS else component
 
 
 def _module(name: str) -> str:

@@ -42,7 +42,7 @@ def open_diffusers(
     Args:
         source: Path of the file, or its tensors.
         metadata: Metadata to add to the file's.
-        base: The base's parameters by name, with the component in front; checks names and shapes.
+        base: The base's parameters by name, with or without component; checks names and shapes.
 
     Raises:
         FormatError: no safetensors file, unknown or missing tensors, a configuration that is not JSON.

@@ -10,10 +10,12 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from mergekit_lr.checkpoint.pickled import read_pickled
 from mergekit_lr.checkpoint.safetensors import read_header, read_tensor
 from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import FormatError
 
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 Source = str | Path | Mapping[str, Tensor]
 
 
@@ -23,13 +25,15 @@ def read_file(
     """Tensors (mapped, not copied), metadata and a name for messages, of a file or of tensors in memory.
 
     Raises:
-        FormatError: there is no such file, or it is not a whole safetensors file.
+        FormatError: there is no such file, or it is no whole safetensors file and no table of PyTorch tensors.
     """
     if isinstance(source, Mapping):
         return dict(source), dict(metadata or {}), "adapter"
     path = Path(source)
     if not path.is_file():
         raise FormatError(f"{path}: there is no such adapter file")
+    if path.suffix in PICKLED:
+        return read_pickled(path), dict(metadata or {}), str(path)
     infos, found = read_header(path)
     return {name: read_tensor(info) for name, info in infos.items()}, found | dict(metadata or {}), str(path)
 

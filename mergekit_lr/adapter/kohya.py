@@ -12,7 +12,7 @@ the image model ``unet.`` or ``transformer.`` under diffusers' module names, ``d
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +27,13 @@ from mergekit_lr.adapter.parts import by_module, change_of, parts_of
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import FormatError, UsageError
 
+_TEXT = re.compile(r"text_encoder(?:_(\d))?")
 PREFIX = re.compile(r"(lora_unet|lora_transformer|lycoris|lora_te(\d?))_(.+)")
 IMAGE_MODELS = ("unet", "transformer", "diffusion_model")
-_DIFFUSERS_UNET = ("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding")
-_DIFFUSERS_TRANSFORMER = ("transformer_blocks", "single_transformer_blocks")
+# First words of module paths under diffusers' names; the last row says so only where there is nothing else.
+_UNET = {"down_blocks", "up_blocks", "mid_block"}
+_TRANSFORMER = {"transformer_blocks", "single_transformer_blocks"}
+_UNET_ALONE = {"conv_in", "conv_out", "time_embedding", "add_embedding"}
 _NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "alpha": "alpha"}
 
 
@@ -81,12 +84,13 @@ def read_underscored(
     tensors: Mapping[str, Tensor], metadata: dict[str, str], where: str, base: Mapping[str, Parameter] | None
 ) -> Adapter:
     """An adapter from tensors whose modules have a prefix and underscores for dots."""
-    names = _Names(base, where)
+    modules = by_module(tensors, where)
+    names = _Names(modules, base, where)
     weights: dict[str, AdaptedWeight] = {}
     added: dict[str, Tensor] = {}
-    for module, parts in by_module(tensors, where).items():
-        path = names.path(module)
-        change = change_of(path, parts, names.parameter(path))
+    for module, parts in modules.items():
+        path = names.paths[module]
+        change = change_of(path, parts, names.parameters.get(f"{path}.weight"))
         if change.weight is not None:
             weights[f"{path}.weight"] = change.weight
         if change.added is not None:
@@ -105,7 +109,7 @@ def underscored(name: str) -> str:
     component, _, module = name.rpartition(".")[0].partition(".")
     if component in IMAGE_MODELS:
         prefix = "lora_unet"
-    elif match := re.fullmatch(r"text_encoder(?:_(\d))?", component):
+    elif match := _TEXT.fullmatch(component):
         prefix = f"lora_te{match[1] or 1}"
     else:
         raise UsageError(
@@ -161,47 +165,50 @@ def _with_one_alpha(adapter: Adapter) -> Adapter:
 class _Names:
     """Paths with dots for modules with underscores."""
 
-    def __init__(self, base: Mapping[str, Parameter] | None, where: str):
+    def __init__(self, modules: Iterable[str], base: Mapping[str, Parameter] | None, where: str):
         self.where = where
-        self.parameters: dict[str, Parameter] = {}
-        self.tables: dict[str, dict[str, str]] = {}
-        modules: dict[str, set[str]] = {}
-        for name, parameter in (base or {}).items():
-            component, rest = _component(name)
-            group = "image" if component in IMAGE_MODELS else component
-            self.parameters[f"{component}.{rest}"] = parameter
-            modules.setdefault(group, set()).add(rest.rpartition(".")[0])
-        for group, paths in modules.items():
-            self.tables[group] = underscores.table(paths)
+        self.parameters = in_components(base or {})
+        groups: dict[str, set[str]] = {}
+        for name in self.parameters:
+            component, _, rest = name.partition(".")
+            groups.setdefault(_group(component), set()).add(rest.rpartition(".")[0])
+        self.tables = {group: underscores.table(paths) for group, paths in groups.items()}
+        # Which model it is shows in some modules only, and holds for all of them.
+        paths = {module: self._path(module) for module in modules}
+        known = {name.partition(".")[0] for name in self.parameters} & set(IMAGE_MODELS)
+        image = known.pop() if len(known) == 1 else _image_model(path for group, path in paths.values() if not group)
+        self.paths = {module: f"{group or image}.{path}" for module, (group, path) in paths.items()}
 
-    def path(self, module: str) -> str:
-        """``lora_unet_mid_block_...`` -> ``unet.mid_block....``."""
+    def _path(self, module: str) -> tuple[str, str]:
+        """``lora_te2_text_model_...`` -> (text_encoder_2, text_model....); ("", path) in the image model."""
         match = PREFIX.fullmatch(module)
         if match is None:
             raise FormatError(f"{self.where}: module {module} has none of the prefixes lora_unet_, lora_te_, lycoris_")
         text = match[1].startswith("lora_te")
         component = f"text_encoder_{match[2]}" if (match[2] or "1") != "1" else "text_encoder"
-        table = self.tables.get(component if text else "image")
+        table = self.tables.get(component if text else _group("unet"))
         path = table.get(match[3]) if table else underscores.read(match[3])
         if path is None:
             raise FormatError(f"{self.where}: the base has no module that {module} could stand for")
-        return f"{component if text else _image_model(path)}.{path}"
-
-    def parameter(self, path: str) -> Parameter | None:
-        """The base's weight at ``path``, None where that part of the base is not known."""
-        return self.parameters.get(f"{path}.weight")
+        return component if text else "", path
 
 
-def _component(name: str) -> tuple[str, str]:
-    """A base's parameter name as (component, rest); without a component it is the image model's."""
-    first, _, rest = name.partition(".")
-    if first in IMAGE_MODELS or re.fullmatch(r"text_encoder(_\d)?", first):
-        return first, rest
-    return _image_model(name), name
+def in_components(base: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """A base's parameters with their component in front; without one in their names they are the image model's."""
+    named = {name: name.partition(".")[0] for name in base}
+    bare = {name for name, first in named.items() if first not in IMAGE_MODELS and not _TEXT.fullmatch(first)}
+    image = _image_model(bare)
+    return {f"{image}.{name}" if name in bare else name: parameter for name, parameter in base.items()}
 
 
-def _image_model(path: str) -> str:
-    first = path.partition(".")[0]
-    if first in _DIFFUSERS_UNET:
+def _group(component: str) -> str:
+    """The image model is one, by whatever names its modules go."""
+    return "image" if component in IMAGE_MODELS else component
+
+
+def _image_model(paths: Iterable[str]) -> str:
+    """Whose module names these are: a UNet's or a transformer's in diffusers, or those of a model's own code."""
+    firsts = {path.partition(".")[0] for path in paths}
+    if firsts & _UNET or (firsts and firsts <= _UNET_ALONE):
         return "unet"
-    return "transformer" if first in _DIFFUSERS_TRANSFORMER else "diffusion_model"
+    return "transformer" if firsts & _TRANSFORMER else "diffusion_model"

@@ -376,6 +376,45 @@ def test_the_base_decides_where_the_dots_were():
         open_kohya(tensors, base=twins)
 
 
+def test_a_base_without_components_checks_its_own_part(unet, tmp_path):
+    """A UNet's own parameters say unet, shape and kind for every dialect; the text encoder's modules stay unchecked."""
+    kinds = {1: Kind.VECTOR, 2: Kind.LINEAR, 4: Kind.CONVOLUTION}
+    base = {
+        name: Parameter(name, kinds[tensor.ndim], tuple(tensor.shape), ()) for name, tensor in unet.state_dict().items()
+    }
+    adapter = random_adapter(unet)
+    text = AdaptedWeight(Kind.LINEAR, LowRank(torch.ones(2, 3), torch.ones(4, 2), 0.5), (4, 3))
+    adapter.weights["text_encoder.text_model.encoder.layers.0.mlp.fc1.weight"] = text
+    for save, open_ in ((save_kohya, open_kohya), (save_diffusers, open_diffusers)):
+        file = tmp_path / f"{open_.__name__}.safetensors"
+        save(adapter, file)
+        assert open_(file, base=base).weights.keys() == adapter.weights.keys()
+        with pytest.raises((FormatError, MismatchError), match="the base has no module"):
+            open_(file, base={"conv_in.weight": base["conv_in.weight"], "mid_block.x.weight": base["conv_in.weight"]})
+
+
+def test_which_model_it_is_holds_for_all_its_modules():
+    """x_embedder alone could be anyone's; beside transformer_blocks it is diffusers' transformer."""
+    pair = {"lora_down.weight": torch.ones(1, 3), "lora_up.weight": torch.ones(4, 1)}
+    for neighbour, component in [
+        ("transformer_blocks.0.attn.to_q", "transformer"),
+        ("double_blocks.0.img_attn.qkv", "diffusion_model"),
+    ]:
+        names = [neighbour, "x_embedder"]
+        tensors = {f"lora_unet_{name.replace('.', '_')}.{part}": t for name in names for part, t in pair.items()}
+        assert set(open_kohya(tensors).weights) == {f"{component}.{name}.weight" for name in names}
+
+
+def test_a_pickled_file_is_read_as_tensors_alone(unet, tmp_path):
+    adapter = random_adapter(unet)
+    save_kohya(adapter, tmp_path / "kohya.safetensors")
+    torch.save(load_file(tmp_path / "kohya.safetensors"), tmp_path / "kohya.pt")
+    assert_same_adapter(open_kohya(tmp_path / "kohya.pt"), adapter)
+    torch.save({"run": print}, tmp_path / "code.pt")
+    with pytest.raises(FormatError, match="not readable as tensors alone"):
+        open_kohya(tmp_path / "code.pt")
+
+
 def test_metadata_is_kept_and_hashes_are_true(unet, tmp_path):
     adapter = replace(random_adapter(unet), metadata={"ss_base_model_version": "sd_v1", "ss_network_dim": "99"})
     file = tmp_path / "kohya.safetensors"
