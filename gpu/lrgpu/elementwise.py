@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from lrgpu import backend
 from lrgpu.backend import Array
 
 _CPU_BLOCK = 1 << 17  # elements: a float32 block and its scratch stay in the cache
 _GPU_BLOCK = 1 << 26  # elements: large enough to fill a device, small beside its memory
+
+
+Views: TypeAlias = tuple[Array, Array, Array]  # finetuned, base, out
 
 
 class Delta(NamedTuple):
@@ -40,10 +43,11 @@ def delta(finetuned: Array, base: Array, *, out: Array | None = None) -> Delta:
 
     Raises:
         ValueError: the shapes differ, or ``out`` does not fit.
+        TypeError: not an array of a known library.
     """
+    library = backend.of(finetuned)
     if finetuned.shape != base.shape:
         raise ValueError(f"shapes differ: finetuned {tuple(finetuned.shape)}, base {tuple(base.shape)}")
-    library = backend.of(finetuned)
     xp = library.xp
     dtype = xp.float64 if xp.float64 in (finetuned.dtype, base.dtype) else xp.float32
     if out is not None and (out.shape != finetuned.shape or out.dtype != dtype):
@@ -54,8 +58,7 @@ def delta(finetuned: Array, base: Array, *, out: Array | None = None) -> Delta:
     block = _CPU_BLOCK if library.on_cpu(finetuned) else _GPU_BLOCK
     scratch = library.empty((2, block), dtype, finetuned)
     total = 0.0
-    finetuned_, base_, out_ = _in_memory_order(finetuned, base, out)
-    for f, b, o in _pieces(finetuned_, base_, out_, block):
+    for f, b, o in _pieces(_in_memory_order(finetuned, base, out), block):
         size = math.prod(o.shape)
         if size > block:  # a single row that is longer than a block
             scratch, block = library.empty((2, size), dtype, finetuned), size
@@ -79,26 +82,27 @@ def _empty_like(array: Array, dtype: Any) -> Array:
     return library.empty(tuple(array.shape), dtype, array)
 
 
-def _in_memory_order(*arrays: Array) -> list[Array]:
-    """Views of all arrays alike: flat if all are contiguous, else with the first one's rows contiguous."""
-    library = backend.of(arrays[0])
-    if len(arrays[0].shape) >= 2 and library.contiguous(arrays[0].swapaxes(-1, -2)):
-        arrays = tuple(x.swapaxes(-1, -2) for x in arrays)
-    if all(library.contiguous(x) for x in arrays):
-        return [x.reshape(-1) for x in arrays]
-    return list(arrays)
+def _in_memory_order(finetuned: Array, base: Array, out: Array) -> Views:
+    """The three alike: flat if all are contiguous, else with the rows of ``finetuned`` contiguous if they can."""
+    library = backend.of(finetuned)
+    if len(finetuned.shape) >= 2 and library.contiguous(finetuned.swapaxes(-1, -2)):
+        finetuned, base, out = (x.swapaxes(-1, -2) for x in (finetuned, base, out))
+    if all(library.contiguous(x) for x in (finetuned, base, out)):
+        return finetuned.reshape(-1), base.reshape(-1), out.reshape(-1)
+    return finetuned, base, out
 
 
-def _pieces(finetuned: Array, base: Array, out: Array, block: int) -> Iterator[tuple[Array, Array, Array]]:
+def _pieces(arrays: Views, block: int) -> Iterator[Views]:
     """Matching views into the three arrays, of about ``block`` elements each."""
-    if len(out.shape) > 2:
-        for f, b, o in zip(finetuned, base, out, strict=True):
-            yield from _pieces(f, b, o, block)
+    shape = arrays[0].shape
+    if len(shape) > 2:
+        for slices in zip(*arrays, strict=True):
+            yield from _pieces(slices, block)
         return
-    step = block if len(out.shape) == 1 else max(1, block // max(1, out.shape[1]))
-    for start in range(0, out.shape[0], step):
-        part = slice(start, start + step)
-        yield finetuned[part], base[part], out[part]
+    step = block if len(shape) == 1 else max(1, block // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        finetuned, base, out = (x[start : start + step] for x in arrays)
+        yield finetuned, base, out
 
 
 def _sum_of_squares(block: Array, squares: Array) -> float:

@@ -9,8 +9,9 @@ QR: B = Q_B R_B, A^T = Q_A R_A and the SVD of R_B R_A^T, all in float64: four ti
     input. Taken, matrix by matrix, where a Gram is too ill-conditioned: dependent, duplicate or zero columns.
 
 A Gram squares the condition number of a factor. Scaling a column is harmless, so the test is on Grams scaled
-to a unit diagonal: least over greatest eigenvalue, 1e-6 for float32 factors (Grams are summed in float64; the
-limit is U = B X in float32) and 1e-3 for float64 ones.
+to a unit diagonal: QR where least over greatest eigenvalue, multiplied over both, is below 1e-6. What one
+factor stretches the other may undo, and products in float32 then lose that much: 1e3 at most. float64 factors
+always go by QR, which alone has their accuracy.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from typing import NamedTuple
 from lrgpu import backend
 from lrgpu.backend import Array
 
-_WORST_FLOAT32 = 1e-6  # least / greatest eigenvalue of a Gram, unit diagonal: below this QR
-_WORST_FLOAT64 = 1e-3
+_WORST = 1e-6  # product of least over greatest eigenvalue of both Grams, scaled to a unit diagonal: below, QR
 
 
 class SVD(NamedTuple):
@@ -126,11 +126,10 @@ def _decompose(B: Array, A: Array, rank: int | None) -> tuple[Array, Array, Arra
     if full == 0 or batch == 0:
         S = library.empty((batch, full), xp.float64, B)
         return _shaped(lead, B[..., :k], S, A[..., :k, :])
-    if full < r:  # a Gram of more columns than rows is singular
+    if full < r or dtype == xp.float64:  # a Gram of more columns than rows is singular
         return _shaped(lead, *_qr_route(B, A, k))
     gram_B, gram_A = (_turned(_double(B)) @ _double(B)), (_double(A) @ _turned(_double(A)))
-    worst = _WORST_FLOAT64 if dtype == xp.float64 else _WORST_FLOAT32
-    sound = (_condition(gram_B) > worst) & (_condition(gram_A) > worst)
+    sound = _condition(gram_B) * _condition(gram_A) > _WORST
     if bool(sound.all()):
         return _shaped(lead, *_gram_route(B, A, gram_B, gram_A, k))
     if not bool(sound.any()):
@@ -147,13 +146,14 @@ def _decompose(B: Array, A: Array, rank: int | None) -> tuple[Array, Array, Arra
 def _gram_route(B: Array, A: Array, gram_B: Array, gram_A: Array, k: int) -> tuple[Array, Array, Array]:
     library = backend.of(B)
     xp = library.xp
-    w, V = xp.linalg.eigh(gram_B)
+    scale = _lengths(gram_B)  # B / scale has unit columns, A * scale the same product with it
+    w, V = xp.linalg.eigh(gram_B / (scale[:, :, None] * scale[:, None, :]))
     root = xp.sqrt(w)[:, None, :]
-    H = V * root
+    H = V * root * scale[:, :, None]
     squares, P = xp.linalg.eigh(_turned(H) @ gram_A @ H)
     S = xp.sqrt(xp.clip(xp.flip(squares, (-1,)), 0, None))
     P = xp.flip(P, (-1,))[..., :k]
-    X = (V / root) @ P
+    X = (V / (root * scale[:, :, None])) @ P
     Y = _turned(H @ P) / S[:, :k, None]
     return B @ library.cast(X, B.dtype), S, library.cast(Y, A.dtype) @ A
 
@@ -171,10 +171,16 @@ def _qr_route(B: Array, A: Array, k: int) -> tuple[Array, Array, Array]:
 def _condition(gram: Array) -> Array:
     """Least over greatest eigenvalue (b,) of the Grams (b, r, r), scaled to a unit diagonal."""
     xp = backend.of(gram).xp
-    diagonal = xp.sqrt(xp.diagonal(gram, 0, -2, -1))
-    scale = xp.where(diagonal > 0, diagonal, 1.0)
+    scale = _lengths(gram)
     w = xp.linalg.eigvalsh(gram / (scale[:, :, None] * scale[:, None, :]))
     return xp.where(w[:, -1] > 0, w[:, 0] / xp.where(w[:, -1] > 0, w[:, -1], 1.0), 0.0)
+
+
+def _lengths(gram: Array) -> Array:
+    """Lengths (b, r) of the vectors whose Grams these are, 1 for those that are zero."""
+    xp = backend.of(gram).xp
+    diagonal = xp.diagonal(gram, 0, -2, -1)
+    return xp.sqrt(xp.where(diagonal > 0, diagonal, 1.0))
 
 
 def _double(x: Array) -> Array:

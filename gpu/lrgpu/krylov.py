@@ -2,7 +2,7 @@
 
 For D (b, m, n), a basis U (b, m, l) with orthonormal columns and its image W = D^T U (b, n, l) give the best
 approximation of any rank inside the basis from the small Gram W^T W. One cycle reads D twice and adds a block
-of w columns (V_1 is Gaussian):
+of w columns (V_1 is Gaussian, and so are a few columns of every V_j):
 
     Y = D V_j,   U_{j+1} = orth(Y - U U^T Y),   W_{j+1} = D^T U_{j+1},   V_{j+1} = W_{j+1} rotated and scaled
 
@@ -14,11 +14,15 @@ Sources: Halko, Martinsson, Tropp, arXiv 0909.4061; Musco, Musco, arXiv 1504.054
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lrgpu import backend
 from lrgpu.backend import Array
 
+# One column in so many of each block is fresh: a Krylov space alone finds no more vectors of one repeated
+# singular value than a block has columns, and cannot know that there are others.
+_FRESH_SHARE = 32
 _LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
 
 
@@ -34,9 +38,9 @@ class Approximation(NamedTuple):
 class Krylov:
     """The growing basis. ``ritz``: (b, l) float64, descending. ``passes``: how often D was read."""
 
-    def __init__(self, D: Array, squared_norm: Array, block: Array, passes: int = 0):
+    def __init__(self, D: Array, squared_norm: Array, block: Array, seeds: Sequence[int], passes: int = 0):
         """D (b, m, n); squared_norm (b,) float64; block (b, n, w) of any full rank, usually Gaussian;
-        passes: how often D was read before."""
+        seeds: one per matrix, for the fresh columns; passes: how often D was read before."""
         library = backend.of(D)
         batch, rows, columns = D.shape
         self.D, self.squared_norm = D, squared_norm
@@ -48,6 +52,10 @@ class Krylov:
         self.ritz = library.empty((batch, 0), library.xp.float64, D)
         self.previous_ritz = [self.ritz, self.ritz]  # of the last cycle, and of the one before
         self.passes = passes
+        self.seeds = seeds
+        self.cycles = 0
+        self.refilled = squared_norm < 0  # whether a block ran out of directions and got fresh ones, (b,)
+        self.doubtful = self.refilled  # ... just now, so that nothing is known yet of what those find, (b,)
 
     @property
     def width(self) -> int:
@@ -69,19 +77,38 @@ class Krylov:
         old = self.gram.shape[-1]
         top = xp.concatenate((self.gram, columns[:, :old]), -1)
         self.gram = xp.concatenate((top, columns.swapaxes(-1, -2)), -2)
-        squares, vectors = xp.linalg.eigh(columns[:, old:])
-        present = squares > 1e-14 * squares[:, -1:]
-        vectors = vectors * xp.where(present, squares, xp.inf)[:, None, :] ** -0.5
-        self.block = library.cast(image @ vectors / self.unit, self.D.dtype)
+        self.cycles += 1
+        self.block = self._next_block(image, columns[:, old:])
         self.previous_ritz = [self.ritz, self.previous_ritz[0]]
         self.ritz = xp.clip(xp.flip(xp.linalg.eigvalsh(self.gram), (-1,)), 0, None)
+
+    def _next_block(self, image: Array, gram: Array) -> Array:
+        """``image`` (b, n, w) with orthonormal columns; the least, and those that are null, drawn afresh."""
+        library = backend.of(image)
+        xp = library.xp
+        rows, width = image.shape[-2:]
+        squares, vectors = xp.linalg.eigh(gram)
+        present = squares > 1e-14 * squares[:, -1:]
+        exhausted = ~present.all(-1)
+        self.doubtful = exhausted & ~self.refilled
+        self.refilled = exhausted
+
+        present[:, : max(1, width // _FRESH_SHARE)] = False
+        few = width if bool(exhausted.any()) else max(1, width // _FRESH_SHARE)
+        seeds = [(seed + self.cycles * 0x9E3779B97F4A7C15) % 2**63 for seed in self.seeds]
+        fresh = backend.normal(seeds, rows, width, image, xp.float64)[..., :few] * rows**-0.5
+        vectors = vectors * xp.where(present, squares, xp.inf)[:, None, :] ** -0.5
+        block = image @ vectors
+        block[..., :few] += fresh * ~present[:, None, :few]
+        return library.cast(block / self.unit, self.D.dtype)
 
     def outlook(self, rank: int) -> tuple[Array, Array]:
         """(energy that more cycles could still win for the first ``rank``, energy that they leave now), (b,).
 
         Gains end up falling by a constant factor rho per cycle or faster, so a gain g announces about
-        g rho / (1 - rho) more. Half as much again is added for safety, and rho counts as at least 1/2: it
-        looks too small while dominant directions still converge in front of a flat tail.
+        g rho / (1 - rho) more. Three quarters are added for safety, and rho counts as at least 1/2: it
+        looks too small while dominant directions still converge in front of a flat tail. On a plateau large
+        and small gains take turns, so g alone is not believed either: the mean of the last two counts.
         """
         xp = backend.of(self.D).xp
         gain = self._gain(self.ritz, self.previous_ritz[0], rank)
@@ -90,7 +117,8 @@ class Krylov:
         left = self.squared_norm - self.ritz[:, :rank].sum(-1)
         # Where that is mostly rounding, the Ritz values left out are a safe lower bound of it.
         left = xp.where(left > 1e-5 * self.squared_norm, left, self.ritz[:, rank:].sum(-1))
-        return 1.5 * gain * rho / (1 - rho), left
+        to_come = xp.maximum(1.75 * gain * rho / (1 - rho), xp.sqrt(gain * before))
+        return xp.where(self.doubtful, left, to_come), left
 
     def _gain(self, now: Array, before: Array, rank: int) -> Array:
         """What the leading Ritz values won, beyond what rounding alone may add to each."""

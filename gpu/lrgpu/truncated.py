@@ -4,7 +4,12 @@ A block Krylov basis (krylov.py) grows until what it could still win cannot bett
 so the work adapts to the spectrum: a fixed number of passes misses 1 % on flat tails. The error itself is
 exact and free: ||D||^2 - sum S^2. Where the rank is close to full the SVD is LAPACK's.
 
-Cost O(m n k) and about 8 to 10 passes over D with a block of k/2 columns at the default tolerance.
+Why Krylov and k/2: on AVX2 in float32, for power laws and low rank plus noise, k = 64, 2048^2 and 4096^2, it
+is below 1 % after reading D with 192 to 320 columns in all; subspace iteration with a sketch of 1.5 k columns
+needs 480 to 576. Wider blocks need as many columns, and overshoot by more. To be certain of it for every
+spectrum, plateaus and repeated values too, costs one or two cycles more than a lucky guess would.
+
+Cost O(m n k) and 8 to 12 passes over D with a block of k/2 columns at the default tolerance.
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ _LARGEST_BASIS = 0.75  # share of min(m, n): a basis that outgrows it gives up f
 class TruncatedSVD(NamedTuple):
     """U diag(S) Vh with k terms, and what is known about its error.
 
-    U (..., m, k), S (..., k) descending, Vh (..., k, n), in the dtype of the matrix; vectors that belong to a
-    zero singular value may be zero. squared_norm = ||D||^2, residual = ||D - U S Vh|| and excess = estimate of
+    U (..., m, k), S (..., k) descending (where it is above rounding of S[0]), Vh (..., k, n), in the dtype of
+    the matrix; vectors that belong to a zero singular value may be zero. squared_norm = ||D||^2, residual = ||D - U S Vh|| and excess = estimate of
     residual / (best residual at rank k) - 1 (0 where exact) are float64 arrays of the leading shape (...), 0-d
     for a single matrix. passes: how often D was read.
     """
@@ -124,7 +129,7 @@ def _fixed_rank(D: Array, rank: int, tolerance: float, squared_norm: Array, seed
         return [_empty(D[i : i + 1], squared_norm[i : i + 1]) for i in range(batch)]
     results: dict[int, TruncatedSVD] = {}
     if full > _SMALL and rank <= _LARGEST_RANK * full:
-        krylov = Krylov(D, squared_norm, backend.normal(seeds, columns, width, D, D.dtype))
+        krylov = Krylov(D, squared_norm, backend.normal(seeds, columns, width, D, D.dtype), seeds)
         while len(results) < batch and krylov.width + width <= _LARGEST_BASIS * full:
             krylov.cycle()
             if krylov.width >= rank:
@@ -169,7 +174,7 @@ def _ruled_rank(D: Array, rule: RankRule, tolerance: float, squared_norm: Array,
     width, passes = 2 * _MIN_BLOCK, 0
     block = backend.normal([seed], columns, width, D, D.dtype)
     while full > _SMALL and width <= _LARGEST_RANK * full:
-        krylov = Krylov(D, squared_norm, block, passes)
+        krylov = Krylov(D, squared_norm, block, [seed], passes)
         while krylov.width < _BLOCKS * width and krylov.width + width <= _LARGEST_BASIS * full:
             krylov.cycle()
             rank = rule.choose(xp.sqrt(krylov.ritz[0]), norm, full)

@@ -1,0 +1,25 @@
+"""Every test of this folder that takes ``place`` runs on each array library that the machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["torch-cpu", "torch-cuda", "cupy"])
+def place(request: pytest.FixtureRequest) -> Callable[[torch.Tensor], Any]:
+    """Puts a CPU tensor where the test is to run; skips by name where there is no such place."""
+    name = request.param
+    if name != "torch-cpu" and not torch.cuda.is_available():
+        pytest.skip(f"{name}: no CUDA device")
+    if name == "cupy":
+        if importlib.util.find_spec("cupy") is None:
+            pytest.skip("cupy is not installed")
+        import cupy
+
+        return lambda tensor: cupy.asarray(tensor.numpy())
+    return lambda tensor: tensor.to(name.removeprefix("torch-"))
