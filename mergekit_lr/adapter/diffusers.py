@@ -22,6 +22,7 @@ from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.comfy import read_dotted
 from mergekit_lr.adapter.file import Source, read_file, with_hashes, write_file
 from mergekit_lr.adapter.kohya import refuse_leftovers
+from mergekit_lr.adapter.ldm import in_diffusers_names, is_ldm
 from mergekit_lr.adapter.parts import parts_of
 from mergekit_lr.adapter.variants.site import match
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
@@ -65,11 +66,13 @@ def save_diffusers(adapter: Adapter, path: str | Path) -> None:
     """Write a diffusers LoRA in PEFT's words.
 
     Factors stay as they are where alpha is the rank (scale 1, which needs no configuration); otherwise the scale
-    goes into B. A configuration is written as well where ranks differ, for older versions read those wrongly.
+    goes into B. A configuration is written as well where ranks differ, for older versions read those wrongly. A
+    Stable Diffusion UNet's original module names become diffusers' own.
 
     Raises:
         UsageError: names that are no diffusers component's, or tensors that the dialect has no place for.
     """
+    adapter = in_diffusers_names(adapter) if is_ldm(adapter) else adapter
     refuse_leftovers(adapter, "diffusers", keep=())
     tensors: dict[str, Tensor] = {}
     for name, weight in adapter.weights.items():

@@ -415,6 +415,74 @@ def test_a_pickled_file_is_read_as_tensors_alone(unet, tmp_path):
         open_kohya(tmp_path / "code.pt")
 
 
+@pytest.fixture(scope="module")
+def xl_unet():
+    """A UNet with SDXL's levels: two layers each, attention from the second on, added conditions."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        use_linear_projection=True,
+    ).eval()
+
+
+def test_original_unet_names_become_diffusers_own(xl_unet, tmp_path):
+    """Every kind of block of a kohya SDXL file, as diffusers' loader translates it and as it is done here."""
+    from diffusers import StableDiffusionXLPipeline
+
+    places = {
+        "input_blocks.0.0": "conv_in",
+        "input_blocks.2.0.in_layers.2": "down_blocks.0.resnets.1.conv1",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.4.0.emb_layers.1": "down_blocks.1.resnets.0.time_emb_proj",
+        "input_blocks.5.1.transformer_blocks.0.attn1.to_out.0": (
+            "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_out.0"
+        ),
+        "input_blocks.7.0.skip_connection": "down_blocks.2.resnets.0.conv_shortcut",
+        "middle_block.0.out_layers.3": "mid_block.resnets.0.conv2",
+        "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+        "middle_block.2.in_layers.2": "mid_block.resnets.1.conv1",
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.4.1.transformer_blocks.0.ff.net.0.proj": (
+            "up_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj"
+        ),
+        "output_blocks.8.0.in_layers.2": "up_blocks.2.resnets.2.conv1",
+        "time_embed.2": "time_embedding.linear_2",
+        "out.2": "conv_out",
+    }
+    generator, weights = torch.Generator().manual_seed(6), {}
+    for original, ours in places.items():
+        tensor = xl_unet.get_submodule(ours).weight
+        A = torch.randn(2, tensor[0].numel(), generator=generator) / 4
+        B = torch.randn(len(tensor), 2, generator=generator) / 4
+        kind = Kind.LINEAR if tensor.ndim == 2 else Kind.CONVOLUTION
+        weights[f"diffusion_model.{original}.weight"] = AdaptedWeight(kind, LowRank(A, B, 0.5), tuple(tensor.shape))
+    file, ours_file = tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"
+    save_kohya(Adapter(weights), file)
+    adapter = open_kohya(file)
+    assert adapter.weights.keys() == weights.keys()
+    save_diffusers(adapter, ours_file)
+    back = open_diffusers(ours_file)
+    assert set(back.weights) == {f"unet.{ours}.weight" for ours in places.values()}
+    wanted = applied(xl_unet, back)
+    assert_same_model(loaded_by_diffusers(xl_unet, ours_file), wanted, xl_unet)
+    theirs = copy_of(xl_unet)
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(str(file), unet_config=xl_unet.config)
+    StableDiffusionXLPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=theirs)
+    assert_same_model(theirs, wanted, xl_unet)
+    odd = Adapter({"diffusion_model.input_blocks.1.0.mystery.weight": weights["diffusion_model.out.2.weight"]})
+    with pytest.raises(UsageError, match=r"input_blocks\.1\.0\.mystery: a Stable Diffusion UNet has no such module"):
+        save_diffusers(odd, tmp_path / "odd.safetensors")
+
+
 def test_metadata_is_kept_and_hashes_are_true(unet, tmp_path):
     adapter = replace(random_adapter(unet), metadata={"ss_base_model_version": "sd_v1", "ss_network_dim": "99"})
     file = tmp_path / "kohya.safetensors"
