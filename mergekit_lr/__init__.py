@@ -1,9 +1,9 @@
 """Model merging and adapter surgery through the low rank of what fine-tuning changed.
 
-    import mergekit_lr as lr
+import mergekit_lr as lr
 
-    report = lr.extract("org/base", "org/finetuned", "out", rank=64)
-    adapter, dialect = lr.open_adapter("out")
+report = lr.extract("org/base", "org/finetuned", "out", rank=64)
+adapter, dialect = lr.open_adapter("out")
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from mergekit_lr.adapter.open import open_adapter
     from mergekit_lr.checkpoint.checkpoint import Checkpoint
     from mergekit_lr.errors import LrmergeError
+    from mergekit_lr.report.application import ApplyReport
+    from mergekit_lr.report.compression import AdapterReport
     from mergekit_lr.report.extraction import ExtractReport
+    from mergekit_lr.verbs.apply import apply
+    from mergekit_lr.verbs.apply_plan import plan_apply
+    from mergekit_lr.verbs.compress import compress
+    from mergekit_lr.verbs.compress_plan import plan_compress
+    from mergekit_lr.verbs.convert import convert
+    from mergekit_lr.verbs.convert_plan import plan_convert
     from mergekit_lr.verbs.extract import extract
     from mergekit_lr.verbs.extract_plan import plan_extract
     from mergekit_lr.verbs.inspect import inspect
@@ -26,25 +34,41 @@ if TYPE_CHECKING:
 _PLACES = {
     "AdaptedWeight": "mergekit_lr.adapter.adapter",
     "Adapter": "mergekit_lr.adapter.adapter",
+    "AdapterReport": "mergekit_lr.report.compression",
+    "ApplyReport": "mergekit_lr.report.application",
     "Checkpoint": "mergekit_lr.checkpoint.checkpoint",
     "ExtractReport": "mergekit_lr.report.extraction",
     "LowRank": "mergekit_lr.adapter.lowrank",
     "LrmergeError": "mergekit_lr.errors",
+    "apply": "mergekit_lr.verbs.apply",
+    "compress": "mergekit_lr.verbs.compress",
+    "convert": "mergekit_lr.verbs.convert",
     "extract": "mergekit_lr.verbs.extract",
     "inspect": "mergekit_lr.verbs.inspect",
     "open_adapter": "mergekit_lr.adapter.open",
+    "plan_apply": "mergekit_lr.verbs.apply_plan",
+    "plan_compress": "mergekit_lr.verbs.compress_plan",
+    "plan_convert": "mergekit_lr.verbs.convert_plan",
     "plan_extract": "mergekit_lr.verbs.extract_plan",
 }
 __all__ = [
     "AdaptedWeight",
     "Adapter",
+    "AdapterReport",
+    "ApplyReport",
     "Checkpoint",
     "ExtractReport",
     "LowRank",
     "LrmergeError",
+    "apply",
+    "compress",
+    "convert",
     "extract",
     "inspect",
     "open_adapter",
+    "plan_apply",
+    "plan_compress",
+    "plan_convert",
     "plan_extract",
 ]
 

@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from lrmerge.apply import apply
+from lrmerge.compress import compress
+from lrmerge.convert import convert
 from lrmerge.doctor import doctor
 from lrmerge.extract import extract
 from lrmerge.inspect import inspect
@@ -18,6 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extract)
+app.command()(compress)
+app.command()(convert)
+app.command()(apply)
 app.command()(inspect)
 app.command()(doctor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -107,19 +108,18 @@ def compress(
     stay as they are, byte for byte.
     """
     from lrmerge.console import emit_json, progress
-    from lrmerge.extract import _patterns, _rank
     from mergekit_lr.verbs.compress import compress as run
     from mergekit_lr.verbs.compress_plan import plan_compress
 
     chosen = {
-        "rank": _rank(rank),
+        "rank": opt.rank_of(rank),
         "energy": energy,
         "error": error,
         "size": size,
         "max_params": max_params,
         "max_rank": max_rank,
         "multiple_of": multiple_of,
-        "rank_pattern": _patterns(rank_pattern or []),
+        "rank_pattern": opt.patterns_of(rank_pattern),
         "include": include or [],
         "exclude": exclude or [],
         "to": to,
@@ -153,49 +153,46 @@ def default_out(adapter: str, ending: str, to: str | None) -> Path:
 
 def show(report: AdapterReport, *, verbose: bool) -> None:
     """The table of a compression or a conversion, its notes and its totals."""
-    from rich.table import Table
+    from lrmerge.console import duration, err, headline, number, out, percent, size, table, word
 
-    from lrmerge.console import duration, err, out, percent, size
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("what", "kind", "modules", "rank", "stored", "energy kept", "error", "worst module"):
-        right = column not in ("what", "kind", "worst module")
-        table.add_column(column, justify="right" if right else "left", no_wrap=right)
+    shown = table(
+        word("done"), word("kind"), number("modules"), number("rank"), number("energy kept"),
+        number("error"), number("worst"),
+    )  # fmt: skip
     for state, kind in dict.fromkeys((m.state, m.kind) for m in report.modules):
         group = [m for m in report.modules if (m.state, m.kind) == (state, kind)]
         norm, lost = sum(m.squared_norm for m in group), sum(m.squared_error for m in group)
-        worst = max(group, key=lambda m: m.error)
         share = lost / norm if norm else 0.0
-        table.add_row(
+        shown.add_row(
             state,
             kind,
             str(len(group)),
-            _change(_range([m.rank_before for m in group]), _range([m.rank for m in group])),
-            _change(*(_count(sum(n)) for n in ([m.stored_before for m in group], [m.stored for m in group]))),
+            _arrow(_range([m.rank_before for m in group]), _range([m.rank for m in group])),
             percent(1 - share),
             f"{share**0.5:.4f}",
-            f"{worst.name} {worst.error:.4f}" if worst.error else "",
+            f"{max(m.error for m in group):.4f}",
         )
     if report.modules:
-        out.print(table)
+        out.print(shown)
+    if (worst := report.worst) and worst.error:
+        out.print(f"worst module: {worst.name}, error {worst.error:.4f} at rank {worst.rank}", soft_wrap=True)
     if verbose:
         for module in report.modules:
             out.print(_line(module), soft_wrap=True)
         for other in report.others:
             out.print(f"{other.state} {other.part} {other.name} {size(other.nbytes)}", soft_wrap=True)
     elif report.others:
-        states = sorted({(o.state, o.part) for o in report.others})
-        counts = (f"{sum((o.state, o.part) == s for o in report.others)} {s[1]} {s[0]}" for s in states)
-        out.print(f"beside the factors: {', '.join(counts)}", soft_wrap=True)
+        states = Counter(f"{other.part} {other.state}" for other in report.others)
+        named = ", ".join(f"{count} {state}" for state, count in states.items())
+        out.print(f"beside the factors: {named}", soft_wrap=True)
     for note in report.notes:
         err.print(f"note: {note}", style="yellow", soft_wrap=True)
     computed = any(m.state in ("compressed", "decomposed", "folded") for m in report.modules)
     rounding = f" (and {report.rounding:.1g} from rounding to {report.dtype})" if computed else ""
-    out.print(
-        f"[bold]{report.out}[/] ({report.to}): total rank {report.rank_before} -> {report.total_rank}, "
-        f"{size(report.bytes_before)} -> {size(report.bytes_after)}, energy kept [bold]{percent(report.energy)}[/], "
-        f"error {report.error:.4f}{rounding}",
-        soft_wrap=True,
+    headline(
+        str(report.out),
+        f"{report.to}, total rank {report.rank_before} -> {report.total_rank}, {size(report.bytes_before)} -> "
+        f"{size(report.bytes_after)}, energy kept {percent(report.energy)}, error {report.error:.4f}{rounding}",
     )
     out.print(f"{duration(report.seconds)}, peak memory {size(report.peak_bytes)}", style="dim", soft_wrap=True)
 
@@ -206,19 +203,12 @@ def _line(m: ModuleChange) -> str:
     return f"{m.state} {m.name} {shape}: rank {m.rank_before} -> {m.rank}, error {m.error:.4g}{why}"
 
 
-def _change(before: str, after: str) -> str:
+def _arrow(before: str, after: str) -> str:
     return before if before == after else f"{before} -> {after}"
 
 
 def _range(ranks: list[int]) -> str:
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
-
-
-def _count(numbers: int) -> str:
-    for unit, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if numbers >= factor:
-            return f"{numbers / factor:.3g}{unit}"
-    return str(numbers)
 
 
 def _show_plan(plan: CompressPlan, *, verbose: bool) -> None:
@@ -233,10 +223,8 @@ def _show_plan(plan: CompressPlan, *, verbose: bool) -> None:
     if verbose:
         for step in plan.steps:
             action = "keep" if step.rule is None else "compress"
-            out.print(
-                f"{action} {step.name} {list(step.weight.delta.shape)} rank {step.weight.delta.rank} {step.reason}".rstrip(),
-                soft_wrap=True,
-            )
+            shape, rank = list(step.weight.delta.shape), step.weight.delta.rank
+            out.print(f"{action} {step.name} {shape} rank {rank} {step.reason}".rstrip(), soft_wrap=True)
     cost = plan.schedule.cost
     out.print(
         f"{len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers: "

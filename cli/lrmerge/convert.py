@@ -80,7 +80,6 @@ def convert(
     """
     from lrmerge.compress import default_out, show
     from lrmerge.console import emit_json, progress
-    from lrmerge.extract import _rank
     from mergekit_lr.verbs.convert import convert as run
     from mergekit_lr.verbs.convert_plan import plan_convert
 
@@ -90,7 +89,7 @@ def convert(
         "dora": dora,
         "base": base,
         "component": component,
-        "rank": _rank(rank),
+        "rank": opt.rank_of(rank),
         "energy": energy,
         "error": error,
         "max_rank": max_rank,

@@ -27,3 +27,27 @@ Dtype = Annotated[
     typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [that of the fine-tune]."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Folder of the result.")]
+
+
+def rank_of(text: str | None) -> int | str | None:
+    """The value of --rank: a number, or ``auto``."""
+    from mergekit_lr.errors import UsageError
+
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise UsageError(f"--rank {text}: a number from 1, or auto")
+    return int(text)
+
+
+def patterns_of(items: list[str] | None) -> dict[str, int]:
+    """The values of --rank-pattern: regular expression to rank."""
+    from mergekit_lr.errors import UsageError
+
+    patterns = {}
+    for item in items or ():
+        pattern, equals, count = item.rpartition("=")
+        if not equals or not pattern or not count.isdigit():
+            raise UsageError(f"--rank-pattern {item}: write REGEX=N, as in 'mlp\\.down_proj=32'")
+        patterns[pattern] = int(count)
+    return patterns

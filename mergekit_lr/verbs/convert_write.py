@@ -1,0 +1,171 @@
+"""Where ``compress`` and ``convert`` write: a PEFT folder or one file, whole or not at all, with its manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mergekit_lr.adapter import comfy, diffusers, kohya, lycoris, peft
+from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
+from mergekit_lr.adapter.file import write_file
+from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.adapter.target import SERVERS, rewrite_config
+from mergekit_lr.checkpoint.checkpoint import Checkpoint
+from mergekit_lr.checkpoint.folder import OutputFolder
+from mergekit_lr.checkpoint.parameter import Kind
+from mergekit_lr.checkpoint.writer import out_of_space
+from mergekit_lr.errors import UsageError
+from mergekit_lr.graph.resources import peak_bytes
+from mergekit_lr.report.compression import AdapterReport
+from mergekit_lr.report.compression_card import adapter_card
+from mergekit_lr.report.manifest import manifest, write_manifest
+from mergekit_lr.verbs.convert_read import PEFT_FILE, Base, Source
+
+WRITERS: dict[str, Callable[[Adapter, Path], None]] = {
+    "kohya": kohya.save_kohya,
+    "lycoris": lycoris.save_lycoris,
+    "diffusers": diffusers.save_diffusers,
+    "comfy": comfy.save_comfy,
+}
+DIALECTS = ("peft", *WRITERS)
+
+
+class Destination:
+    """Where the result goes. Made before any work is done; what is unfinished goes away with it.
+
+    Args:
+        out: the folder, or the file for the dialects of image tools. to: the dialect. overwrite: whether an earlier
+            result may be replaced. inputs: what the work reads, which it must never replace.
+
+    Raises:
+        UsageError: ``out`` exists, is an input, cannot be written, or is a folder's name where a file is written (or
+            the other way round).
+    """
+
+    def __init__(self, out: str | Path, to: str, *, overwrite: bool, inputs: Iterable[Path]):
+        self.to, self.out = to, Path(out).expanduser()
+        self._folder: OutputFolder | None = None
+        file = self.out.suffix == ".safetensors"
+        if to == "peft":
+            if file:
+                raise UsageError(f"{self.out}: a PEFT adapter is a folder; leave .safetensors off --out")
+            self._folder = OutputFolder(out, overwrite=overwrite, inputs=inputs)
+        elif not file or self.out.is_dir():
+            raise UsageError(f"{self.out}: a {to} adapter is one file; --out ends in .safetensors")
+        elif any(self.out.resolve() == source.resolve() for source in inputs):
+            raise UsageError(f"{self.out}: is an input of this run; choose another --out")
+        elif self.out.exists() and not overwrite:
+            raise UsageError(f"{self.out}: exists already; add --overwrite to replace it, or choose another --out")
+
+    def __enter__(self) -> Destination:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None and self._folder is not None:
+            self._folder.discard()
+
+    def write(
+        self,
+        adapter: Adapter,
+        report: AdapterReport,
+        source: Source,
+        base: Base | None,
+        *,
+        options: dict[str, Any],
+        started: float,
+    ) -> AdapterReport:
+        """Write the adapter with its manifest, and a folder's card; the report with the size and time of all of it.
+
+        Raises:
+            LrmergeError: the dialect cannot hold the adapter, or the disk is full or closed to us.
+        """
+        report = replace(report, out=str(self.out))
+        try:
+            if self._folder is not None:
+                report = self._write_folder(self._folder, adapter, report, source, base, options, started)
+            else:
+                report = self._write_file(adapter, report, source, base, options, started)
+        except OSError as problem:
+            if (full := out_of_space(problem, self.out)) is not problem:
+                raise full from None
+            raise UsageError(f"{self.out}: cannot be written ({problem.strerror}); choose another --out") from None
+        return report
+
+    def _write_folder(self, folder: OutputFolder, adapter, report, source, base, options, started) -> AdapterReport:
+        file = folder.partial / PEFT_FILE
+        layout = base.layout if base is not None else None
+        if layout is not None and not adapter.weights.keys() <= layout.by_name.keys():
+            layout = None  # single experts, under names that only the disk has
+        peft.save(_with_axes(adapter), folder.partial, layout=layout)
+        if adapter.metadata:
+            write_file(file, load_file(file), {"format": "pt", **adapter.metadata})
+        if report.target in SERVERS:
+            rewrite_config(folder.partial)
+        report = _completed(report, file.stat().st_size, started)
+        adapter_card(report).save(folder.partial / "README.md")
+        write_manifest(folder.partial, _manifest(report, source, base, options))
+        folder.finish()
+        return report
+
+    def _write_file(self, adapter, report, source, base, options, started) -> AdapterReport:
+        if self.to == "diffusers":
+            adapter = replace(adapter, weights={n: _scaling_folded(w) for n, w in adapter.weights.items()})
+        WRITERS[self.to](adapter, self.out)
+        report = _completed(report, self.out.stat().st_size, started)
+        beside = self.out.with_suffix(".lrmerge.json")
+        partial = beside.with_name(beside.name + ".partial")
+        content = json.dumps(_manifest(report, source, base, options), indent=1, allow_nan=False)
+        partial.write_text(content + "\n", encoding="utf-8")
+        os.replace(partial, beside)
+        return report
+
+
+def _completed(report: AdapterReport, size: int, started: float) -> AdapterReport:
+    return replace(report, bytes_after=size, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
+
+
+def _manifest(report: AdapterReport, source: Source, base: Base | None, options: dict[str, Any]) -> dict[str, Any]:
+    inputs: dict[str, Checkpoint] = {"adapter": source.described()}
+    if base is not None:
+        inputs["base"] = base.checkpoint
+    return manifest(report.verb, inputs, options, report.to_json())
+
+
+def _with_axes(adapter: Adapter) -> Adapter:
+    """DoRA magnitudes in PEFT's axes: a convolution's as (1, d_out, 1, ...).
+
+    Raises:
+        UsageError: a DoRA over input channels.
+    """
+    weights: dict[str, AdaptedWeight] = {}
+    for name, weight in adapter.weights.items():
+        magnitude = weight.magnitude
+        if magnitude is not None and weight.kind in (Kind.LINEAR, Kind.CONVOLUTION) and magnitude.ndim == 2:
+            raise UsageError(
+                f"{name}: a DoRA over input channels exists in LyCORIS files only; fold it with --dora fold"
+            )
+        if magnitude is not None and weight.kind is Kind.CONVOLUTION and weight.shape is not None:
+            weight = replace(weight, magnitude=magnitude.reshape(1, -1, *(1 for _ in weight.shape[2:])))
+        weights[name] = weight
+    return replace(adapter, weights=weights)
+
+
+def _scaling_folded(weight: AdaptedWeight) -> AdaptedWeight:
+    """Scaling 1, in the dtype of the factors where that loses nothing (a scale of 2, a half ...)."""
+    delta = weight.delta
+    if delta.scaling == 1:
+        return weight
+    folded = delta.folded()
+    narrow = folded.B.to(delta.B.dtype)
+    B = narrow if torch.equal(narrow.to(folded.B.dtype), folded.B) else folded.B
+    bias = None if weight.bias is None else weight.bias * delta.scaling
+    return replace(weight, delta=LowRank(delta.A, B), bias=bias)
