@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -93,29 +94,27 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _show(report: ApplyReport, *, verbose: bool) -> None:
-    from rich.table import Table
+    from lrmerge.console import duration, err, headline, name, number, out, shortened, size, table, word
 
-    from lrmerge.console import duration, err, out, size
-
-    shown = sorted(report.changed, key=lambda f: -f.rounding_error)
-    shown = list(report.changed) if verbose else shown[:8]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("parameter", "kind", "shape", "by", "change", "rounding error"):
-        table.add_column(column, justify="right" if column in ("shape", "change", "rounding error") else "left")
-    for f in shown:
-        shape = "x".join(map(str, f.shape))
-        table.add_row(f.name, f.kind, shape, f.by, f"{f.norm:.4g}", f"{f.rounding_error:.2%}".replace("%", " %"))
-    out.print(table)
+    worst = sorted(report.changed, key=lambda figures: -figures.rounding_error)
+    shown = report.changed if verbose else worst[:8]
+    rows = table(
+        name("parameter"), word("kind"), number("shape"), word("by"), number("change"), number("rounding error")
+    )
+    names = shortened([figures.name for figures in shown], 60)
+    for figures in shown:
+        shape, error = "x".join(map(str, figures.shape)), _share(figures.rounding_error)
+        rows.add_row(names[figures.name], figures.kind, shape, figures.by, f"{figures.norm:.4g}", error)
+    out.print(rows)
     if len(shown) < len(report.changed):
-        rest = len(report.changed) - len(shown)
-        out.print(f"the worst rounded first; {rest} more with -v", style="dim")
+        out.print(f"the worst rounded of {len(report.changed)} changed parameters; all of them with -v", style="dim")
     for note in report.notes:
         err.print(f"note: {note}", style="yellow", soft_wrap=True)
     states = ", ".join(f"{count} {state}" for state, count in report.states.items())
-    out.print(
-        f"[bold]{report.out}[/]: {size(report.written_bytes)} in {len(report.files)} files, {states} tensors, change of "
-        f"norm {report.norm:.4g}, rounding error [bold]{report.rounding_error:.2%}[/] of it",
-        soft_wrap=True,
+    headline(
+        str(report.out),
+        f"{size(report.written_bytes)} in {_files(report.files)}, tensors: {states}; change of norm {report.norm:.4g}, "
+        f"rounding error {_share(report.rounding_error)} of it",
     )
     rate = report.read_bytes / max(report.seconds, 1e-9)
     out.print(
@@ -128,16 +127,10 @@ def _show(report: ApplyReport, *, verbose: bool) -> None:
 def _show_plan(plan: ApplyPlan, *, verbose: bool) -> None:
     from collections import Counter
 
-    from rich.table import Table
-
     from lrmerge.console import err, out, size
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("by", "kind", "parameters"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
     for (how, kind), count in Counter((t.how, str(t.parameter.kind)) for t in plan.targets).items():
-        table.add_row(how, kind, str(count))
-    out.print(table)
+        out.print(f"change: {count} {kind} parameters by {how}")
     if verbose:
         for name, state in plan.states.items():
             out.print(f"{state} {name} {list(plan.outputs[name][1])}", soft_wrap=True)
@@ -145,8 +138,16 @@ def _show_plan(plan: ApplyPlan, *, verbose: bool) -> None:
         err.print(f"note: {note}", style="yellow", soft_wrap=True)
     states = ", ".join(f"{count} {state}" for state, count in Counter(plan.states.values()).items())
     out.print(
-        f"{states} tensors; {size(plan.schedule.cost.read)} to read, {size(plan.written)} to write in {len(plan.files)} "
-        f"files, {len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers, "
-        f"peak memory {size(plan.peak)}; names from {plan.layout.source}",
+        f"tensors: {states}; {size(plan.schedule.cost.read)} to read, {size(plan.written)} to write in "
+        f"{_files(plan.files)}, {len(plan.schedule.batches)} batches on {plan.resources.device} with "
+        f"{plan.resources.workers} workers, peak memory {size(plan.peak)}; names from {plan.layout.source}",
         soft_wrap=True,
     )
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.2%}".replace("%", " %")
+
+
+def _files(files: Sized) -> str:
+    return f"{len(files)} files" if len(files) > 1 else "one file"

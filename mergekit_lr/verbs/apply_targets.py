@@ -98,9 +98,10 @@ def targets(layout: Layout, given: Sequence[Given]) -> Targets:
 
 def _target(parameter: Parameter, changes: tuple[Change, ...], names: dict[str, str]) -> Target:
     saved = next((change.saved for change in changes if change.saved is not None), None)
-    if saved is None or not changes or tuple(saved.shape) == parameter.shape:
+    if saved is None or tuple(saved.shape) == parameter.shape:
         return Target(parameter, changes, names)
-    if len(changes) > 1 or changes[0].weight != 1:
+    change, *others = changes
+    if others or change.weight != 1:
         raise UsageError(
             f"{parameter.name}: an adapter brings {list(saved.shape)} where the base has {list(parameter.shape)}; that "
             "can be taken over from one adapter with weight 1, not summed"
