@@ -58,10 +58,18 @@ def carry(layout: Layout, changed: Iterable[str], *, full: Collection[str] = (),
     factors: list[str] = []
     whole: list[Parameter] = []
     reasons: dict[str, str] = {}
+    obstacles = {
+        parameter.name: _obstacle(layout, parameter, full, tables)
+        for parameter in layout.parameters
+        if parameter.name in changed
+    }
+    stacks = any(why is None and layout.by_name[name].carrier == "parameter" for name, why in obstacles.items())
     for parameter in layout.parameters:
         if parameter.name not in changed:
             continue
-        obstacle = _obstacle(layout, parameter, full, tables)
+        obstacle = obstacles[parameter.name]
+        if stacks and obstacle is None and parameter.kind is Kind.TRANSPOSED:
+            obstacle = "PEFT has no LoRA on a Conv1D in one adapter with a LoRA on a parameter"
         if obstacle is None:
             factors.append(parameter.name)
             continue

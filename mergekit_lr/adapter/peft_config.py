@@ -49,7 +49,7 @@ def configuration(
         task_type: PEFT's task type; left out where PEFT would ask for more than the file holds.
 
     Raises:
-        FormatError: DoRA on some weights only.
+        FormatError: DoRA on some weights only, or a Conv1D beside a LoRA on a parameter.
     """
     names = {name: module_of(name) if carriers[name] == "module" else name for name in weights}
     ranks = {names[name]: weight.delta.rank for name, weight in weights.items()}
@@ -61,6 +61,12 @@ def configuration(
     dora = [weight.magnitude is not None for weight in weights.values()]
     if any(dora) and not all(dora):
         raise FormatError("PEFT has DoRA on all weights or on none: some of the adapter's have no magnitude")
+    transposed = [name for name, weight in weights.items() if weight.kind is Kind.TRANSPOSED]
+    if parameters and transposed:
+        raise FormatError(
+            f"PEFT has no LoRA on a Conv1D ({transposed[0]}) in one adapter with a LoRA on a parameter "
+            f"({parameters[0]}); save one of them in full"
+        )
     indices = {module_of(name): list(rows[0]) for name, rows in adapter.token_rows.items()}
     kept = {key: value for key, value in adapter.config.items() if key != "notes"}
     if task_type:
@@ -77,7 +83,7 @@ def configuration(
         "target_parameters": parameters or None,
         "modules_to_save": list(modules) or None,
         "trainable_token_indices": indices or None,
-        "fan_in_fan_out": any(weight.kind is Kind.TRANSPOSED for weight in weights.values()),
+        "fan_in_fan_out": bool(transposed),
         # Said also of parameters that are no biases: PEFT then keeps a second adapter off the changed base.
         "bias": "all" if into_base else "none",
         "lora_bias": any(weight.bias is not None for weight in weights.values()),

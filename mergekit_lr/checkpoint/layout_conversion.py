@@ -78,6 +78,10 @@ def _convert(
                 return {target: Sources(rows, join.dim - 1)}
         case ["Concatenate"], [join] if len(lists) > 1:
             return {target: Sources((tuple(Block(name) for names in lists for name in names),), join.dim)}
+        case ["Transpose"], [turn] if turn.check_dims and len(lists[0]) == 1:
+            # It turns the tensor only where it does not fit as it is.
+            if shapes[lists[0][0]] == tuple(state[target].shape):
+                return {target: whole(lists[0][0])}
         case ["Chunk" | "Split"], [cut] if cut.dim == 0 and len(lists) == 1 and len(lists[0]) == 1:
             name, start, made = lists[0][0], 0, {}
             first = converter.target_patterns[0]
