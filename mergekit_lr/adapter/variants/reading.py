@@ -54,6 +54,8 @@ TYPES = {
 }
 # Types that replace values instead of changing them, and hold no mathematics: name in the file -> what it is.
 REPLACING = {"LN_TUNING": "ln_tuning_layers.", "TRAINABLE_TOKENS": "trainable_tokens_delta"}
+# Fields of a configuration that hold for a change of weights, whatever type it came from.
+NEUTRAL = ("task_type", "revision")
 PREFIX = "base_model.model."
 
 Delta = LowRank | Tensor
@@ -105,7 +107,8 @@ class Variant:
                 weights[name] = AdaptedWeight(parameter.kind, delta, parameter.shape)
             else:
                 added[name] = from_matrix(delta, parameter.kind, parameter.shape)
-        return Adapter(weights, self.saved, self.token_rows, self.base, self.config, self.metadata, added=added)
+        config = {key: self.config[key] for key in NEUTRAL if self.config.get(key) is not None}
+        return Adapter(weights, self.saved, self.token_rows, self.base, config, self.metadata, added=added)
 
 
 def open_variant(

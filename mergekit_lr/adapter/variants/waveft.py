@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_lr.adapter.variants.fourierft import scatter
 from mergekit_lr.adapter.variants.site import Site
-from mergekit_lr.errors import UsageError
+from mergekit_lr.errors import FormatError, UsageError
 
 TENSORS = frozenset({"waveft_spectrum"})
 
@@ -66,7 +66,9 @@ def _filters(family: str) -> tuple[Tensor, Tensor]:
         return torch.tensor([root, root]), torch.tensor([root, -root])
     if find_spec("peft") is None:
         raise UsageError(f"a WaveFT adapter of wavelet family {family} needs the filters in peft: pip install peft")
-    from peft.tuners.waveft.waverec2d import _as_wavelet
+    from peft.tuners.waveft.wavelet import Wavelet, wavelist
 
-    wavelet = _as_wavelet(family)
+    if family not in wavelist():
+        raise FormatError(f"a WaveFT adapter of wavelet family {family}, which peft does not know")
+    wavelet = Wavelet(family)
     return torch.tensor(wavelet.rec_lo), torch.tensor(wavelet.rec_hi)
