@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from lrmerge.apply import apply
+from lrmerge.compare import compare
 from lrmerge.compress import compress
 from lrmerge.convert import convert
 from lrmerge.doctor import doctor
@@ -25,6 +27,7 @@ app.command()(compress)
 app.command()(convert)
 app.command()(apply)
 app.command()(inspect)
+app.command()(compare)
 app.command()(doctor)
 
 
@@ -47,6 +50,8 @@ def main() -> None:
     """Run the command line; a user's mistake ends in one line and exit code 1 (data) or 2 (usage)."""
     from mergekit_lr.errors import LrmergeError, UsageError
 
+    if not sys.stderr.isatty():  # a log wants no moving bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         sys.exit(app(standalone_mode=False))
     except LrmergeError as error:

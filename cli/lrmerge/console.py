@@ -61,6 +61,10 @@ def emit_json(content: Any) -> None:
 @contextmanager
 def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Step], None] | None]:
     """A bar with rate and time left while a run lasts; nothing where it is quiet, plain lines off a terminal."""
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     try:
         if quiet or not err.is_terminal:
             yield None if quiet else _plain(title)

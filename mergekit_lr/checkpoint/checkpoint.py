@@ -62,7 +62,7 @@ class Checkpoint:
         path = hub.local_path(str(ref))
         if path.is_dir():
             _refuse_adapter(path, str(ref))
-            files, folder = _files_of_folder(path), path
+            files, folder = _files_of_folder(path, str(ref)), path
         else:
             files, folder = _shards_of(path), path.parent
         tensors: dict[str, TensorInfo] = {}
@@ -164,7 +164,7 @@ def _refuse_adapter(folder: Path, ref: str) -> None:
         )
 
 
-def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
+def _files_of_folder(folder: Path, ref: str) -> dict[Path, set[str] | None]:
     """Each file of the model in ``folder`` with the names that the index expects in it (None without index)."""
     for suffix in ("safetensors", "bin"):
         for stem in STEMS:
@@ -181,7 +181,7 @@ def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
         if found:
             names = ", ".join(path.name for path in found[:4])
             raise FormatError(f"{folder}: several checkpoint files and no index ({names}); name the one you mean")
-    raise FormatError(f"{folder}: no checkpoint file in this folder (model.safetensors or shards with an index)")
+    raise FormatError(f"{ref}: no checkpoint file in this folder (model.safetensors or shards with an index)")
 
 
 def _files_of_index(index: Path) -> dict[Path, set[str] | None]:

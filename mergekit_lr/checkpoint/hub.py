@@ -54,11 +54,11 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             f"{name}: no such folder here and no such model on the Hub; check the spelling, or log in with "
             "`hf auth login` if it is private"
         ) from None
-    except errors.LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else ():
         raise HubError(
             f"{name}: no such folder here, not in the Hub's cache, and the Hub cannot be asked (offline)"
         ) from None
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         try:
             # A refusal (4xx) stands; an outage does not matter where the model was downloaded before.
             if 400 <= getattr(getattr(error, "response", None), "status_code", 0) < 500:

@@ -93,11 +93,9 @@ def _raw_header(path: Path) -> tuple[int, int, bytes]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-                announced = (
-                    f"announces a header of {length} bytes" if size >= 8 else "should begin with 8 bytes of length"
-                )
-                problem = "is empty" if size == 0 else f"has {size} bytes and {announced}"
-                raise FormatError(f"{path}: {problem}: not a whole safetensors file; download or save it again")
+                header = f" and a header of {length}" if size >= 8 else ""
+                problem = f"has {size} bytes{header}, so it is no whole safetensors file" if size else "is empty"
+                raise FormatError(f"{path}: {problem}; download or save it again")
             return size, length, file.read(length)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,201 @@
+"""Models of the Hub: what is fetched, what is sent, what is remembered, and how refusals are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hub_server import TOKEN, Hub, Repository, hub
+from huggingface_hub import close_session
+from safetensors.torch import save
+
+NEVER = "never fetched"
+NOWHERE = "http://127.0.0.1:9"  # the port of discard, where nobody listens
+OTHER = {
+    "README.md": b"# card",
+    "consolidated.safetensors": NEVER.encode(),
+    "pytorch_model.bin": NEVER.encode(),
+    "original/model.safetensors": NEVER.encode(),
+    "onnx/config.json": b"{}",
+    "training_args.bin": NEVER.encode(),
+    "picture.png": NEVER.encode(),
+}
+
+
+def files(tensors: tiny.Tensors) -> dict[str, bytes]:
+    return {"config.json": json.dumps(tiny.CONFIG).encode(), "model.safetensors": save(tensors)}
+
+
+def pickled(tensors: tiny.Tensors) -> dict[str, bytes]:
+    import io
+
+    torch.save(tensors, data := io.BytesIO())
+    return {"config.json": json.dumps(tiny.CONFIG).encode(), "pytorch_model.bin": data.getvalue()}
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    base, tuned = tiny.decoder(), tiny.finetuned(tiny.decoder())
+    repositories = {
+        "org/base": Repository({"main": files(base) | OTHER}),
+        "org/finetuned": Repository({"main": files(base), "v1.0": files(tuned), "refs/pr/7": files(tuned)}),
+        "org/old": Repository({"main": pickled(tuned) | {"training_args.bin": b"x"}}),
+        "org/private": Repository({"main": files(tuned)}, access="private"),
+        "org/gated": Repository({"main": files(tuned)}, access="gated"),
+        "org/nothing": Repository({"main": {"README.md": b"# nothing"}}),
+    }
+    with hub(repositories) as running:
+        yield running
+
+
+@pytest.fixture
+def run(server, tmp_path, monkeypatch):
+    """The command line in this process, with huggingface_hub's settings as these environment variables would make them."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(
+        *arguments: object, endpoint: str = server.endpoint, offline: bool = False, token: str = ""
+    ) -> tiny.Outcome:
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", endpoint)
+            patch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            if token:
+                patch.setenv("HF_TOKEN", token)
+            close_session()
+            return tiny.lrmerge(*arguments)
+
+    yield run
+    close_session()
+
+
+@pytest.fixture
+def process(server, tmp_path):
+    """The same in a process of its own, with the environment variables themselves."""
+
+    def process(*arguments: object, **environment: str) -> tiny.Outcome:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        settings = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.endpoint, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lrmerge", *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, env=clean | settings | environment)
+        return tiny.Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+    return process
+
+
+def said(ended: tiny.Outcome, *words: str) -> None:
+    """It failed with one line that holds ``words``."""
+    assert ended.code == 1, ended
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert [word for word in words if word not in ended.err] == [], ended.err
+
+
+def test_extract_fetches_what_it_needs_once(server, process, tmp_path):
+    out = tmp_path / "out"
+    ended = process("extract", "org/base", "org/finetuned@v1.0", "-o", out, "-q")
+    assert ended.code == 0, ended
+    assert server.fetched() == {"config.json", "README.md", "model.safetensors"}
+    assert not [path for _, path, _ in server.requests if path.endswith("onnx/config.json")]
+
+    described = json.loads((out / "lrmerge.json").read_text())["inputs"]
+    commit = server.repositories["org/finetuned"].commit("v1.0")
+    assert described["finetuned"]["ref"] == "org/finetuned@v1.0"
+    assert described["finetuned"]["revision"] == commit
+    assert described["base"]["revision"] == server.repositories["org/base"].commit("main")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+    local = tiny.save(tmp_path / "base", tiny.decoder()), tiny.save(tmp_path / "t", tiny.finetuned(tiny.decoder()))
+    assert tiny.lrmerge("extract", *local, "-o", tmp_path / "same", "-q").code == 0
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "same" / weights).read_bytes()
+
+    server.requests.clear()
+    again = process("extract", "org/base", "org/finetuned@v1.0", "-o", out, "-q", "--overwrite", HF_HUB_OFFLINE="1")
+    assert again.code == 0, again
+    assert server.requests == []
+    assert json.loads((out / "lrmerge.json").read_text())["inputs"]["finetuned"]["revision"] == commit
+
+
+def test_an_outage_does_not_matter_to_what_is_in_the_cache(server, run, tmp_path):
+    assert run("inspect", "org/finetuned@v1.0").code == 0
+    server.down = True
+    assert run("inspect", "org/finetuned@v1.0").code == 0
+    assert run("inspect", "org/finetuned@v1.0", endpoint=NOWHERE).code == 0
+    said(run("inspect", "org/finetuned"), "org/finetuned", "cache", "reached")
+
+
+def test_pickles_only_where_there_is_nothing_else(server, run):
+    ended = run("inspect", "org/old", "--json")
+    assert ended.code == 0, ended
+    assert server.fetched() == {"config.json", "pytorch_model.bin"}
+    assert run("inspect", "org/old", offline=True).code == 0
+
+
+def test_a_branch_with_slashes(server, run):
+    assert run("inspect", "org/finetuned@refs/pr/7").code == 0
+
+
+@pytest.mark.parametrize(
+    ("ref", "words"),
+    [
+        ("org/none", ("org/none", "no such model")),
+        ("org/private", ("org/private", "no such model", "hf auth login")),
+        ("org/gated", ("org/gated", "gated", "hf auth login")),
+        ("org/finetuned@v9", ("org/finetuned@v9", "revision v9")),
+        ("org/nothing", ("org/nothing", "no checkpoint file")),
+        ("a--b/c", ("a--b/c", "no such model")),
+    ],
+)
+def test_refusals(run, tmp_path, ref, words):
+    said(run("extract", "org/base", ref, "-o", tmp_path / "out", "-q"), *words)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_wrong_token_is_told(run):
+    said(run("inspect", "org/gated", token="hf_wrong"), "org/gated", "gated")
+    said(run("inspect", "org/private", token="hf_wrong"), "org/private", "no such model")
+
+
+def test_unreachable(run):
+    said(run("inspect", "org/base", endpoint=NOWHERE), "org/base", "cannot be reached")
+
+
+def test_an_outage(server, run):
+    server.down = True
+    said(run("inspect", "org/base"), "org/base", "cannot be reached", "503")
+
+
+def test_offline(server, run):
+    said(run("inspect", "org/base", offline=True), "org/base", "offline")
+    assert server.requests == []
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(server, run, tmp_path):
+    out = tmp_path / "out"
+    ended = run("extract", "org/base", "org/private", "-o", out, token=TOKEN)
+    assert ended.code == 0, ended
+    doctor = run("doctor", token=TOKEN)
+    assert {token for _, path, token in server.requests if "private" in path} == {f"Bearer {TOKEN}"}
+    assert {token for _, path, token in server.requests if "blob/" in path} == {None}
+    for text in (ended.out, ended.err, doctor.out, doctor.err):
+        assert TOKEN not in text
+    for name, data in tiny.contents(out).items():
+        assert TOKEN.encode() not in data, name
+    for path in Path(tmp_path / "cache").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
