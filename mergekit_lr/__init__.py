@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergekit_lr.report.extraction import ExtractReport
     from mergekit_lr.verbs.apply import apply
     from mergekit_lr.verbs.apply_plan import plan_apply
+    from mergekit_lr.verbs.compare import compare
     from mergekit_lr.verbs.compress import compress
     from mergekit_lr.verbs.compress_plan import plan_compress
     from mergekit_lr.verbs.convert import convert
@@ -42,6 +43,7 @@ _PLACES = {
     "LrmergeError": "mergekit_lr.errors",
     "apply": "mergekit_lr.verbs.apply",
     "compress": "mergekit_lr.verbs.compress",
+    "compare": "mergekit_lr.verbs.compare",
     "convert": "mergekit_lr.verbs.convert",
     "extract": "mergekit_lr.verbs.extract",
     "inspect": "mergekit_lr.verbs.inspect",
@@ -61,6 +63,7 @@ __all__ = [
     "LowRank",
     "LrmergeError",
     "apply",
+    "compare",
     "compress",
     "convert",
     "extract",
