@@ -91,6 +91,13 @@ def _refuse(adapter: Adapter, server: Server) -> None:
     def refuse(name: str, what: str) -> MismatchError:
         return MismatchError(f"{name}: {server.name} loads {what}")
 
+    for name, weight in adapter.weights.items():
+        if weight.magnitude is not None:
+            raise refuse(name, "no DoRA; fold it with lrmerge convert --dora fold --base BASE")
+        if weight.bias is not None:
+            raise refuse(name, "no biases of LoRA layers; train without lora_bias, or apply the adapter to its base")
+        if weight.kind not in (Kind.LINEAR, Kind.TRANSPOSED, *experts.STACKS):
+            raise refuse(name, f"factors of linear layers only, this is a weight of kind {weight.kind}")
     for field, what in (
         ("saved", "no modules saved in full; apply the adapter to its base and serve that"),
         ("added", "no differences in full; convert the adapter with --to peft first"),
@@ -100,13 +107,6 @@ def _refuse(adapter: Adapter, server: Server) -> None:
             raise refuse(min(held), what)
     if not any(weight.delta.rank for weight in adapter.weights.values()):
         raise refuse("the adapter", "nothing from it: it changes no weight")
-    for name, weight in adapter.weights.items():
-        if weight.magnitude is not None:
-            raise refuse(name, "no DoRA; fold it with lrmerge convert --dora fold --base BASE")
-        if weight.bias is not None:
-            raise refuse(name, "no biases of LoRA layers; train without lora_bias, or apply the adapter to its base")
-        if weight.kind not in (Kind.LINEAR, Kind.TRANSPOSED, *experts.STACKS):
-            raise refuse(name, f"factors of linear layers only, this is a weight of kind {weight.kind}")
     if adapter.config.get("alora_invocation_tokens"):
         raise refuse("alora_invocation_tokens", "no activated LoRA: it would act on every token")
 
