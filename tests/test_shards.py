@@ -51,7 +51,7 @@ def test_in_memory(tmp_path):
 
 
 def test_a_cut_keeps_order_and_size_and_writes_the_index(tmp_path):
-    files = cut_at({"model.safetensors": HEADERS}, 60)
+    files = cut_at({"model.safetensors": HEADERS}, 59)
     assert list(files) == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [list(held) for held in files.values()] == [["a"], ["b", "c", "empty"], ["scalar"]]
     output = ShardedOutput(tmp_path, files, metadata={})
@@ -71,7 +71,7 @@ def test_one_shard_has_the_plain_name():
 
 
 def test_files_follow_the_base(tmp_path):
-    save_file({"z": TENSORS["a"], "b": TENSORS["a"]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"z": TENSORS["a"], "b": TENSORS["a"] + 1}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"a": TENSORS["a"]}, tmp_path / "model-00002-of-00002.safetensors")
     base = Checkpoint.open(tmp_path)
     headers = dict.fromkeys(("a", "b", "new", "other", "z"), HEADERS["a"])
