@@ -10,6 +10,7 @@ in full), and LyCORIS' ``hada_*`` and ``lokr_*``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -99,23 +100,22 @@ def change_of(module: str, parts: Mapping[str, Tensor], base: Parameter | None =
         MismatchError: the change does not have the base's shape.
     """
     names = set(parts) - {"alpha", "magnitude", "bias", "diff_b"}
-    if ("diff" in names and names != {"diff"}) or (not names and "diff_b" not in parts):
+    in_full = names <= {"diff"} and not {"magnitude", "bias"} & set(parts)
+    if (in_full and not {"diff", "diff_b"} & set(parts)) or ("diff" in names and not in_full):
         raise FormatError(f"{module}: holds {_listed(parts)}, which is not one adapter; the file mixes dialects")
     added_bias = wide(parts["diff_b"]) if "diff_b" in parts else None
-    if not names:
-        return Change(added_bias=added_bias)
-    if names == {"diff"}:
-        return Change(added=_fitting(module, wide(parts["diff"]), base), added_bias=added_bias)
+    if in_full:
+        return Change(added=_fitting(module, parts, base), added_bias=added_bias)
     delta, shape = _delta_of(module, parts, names)
-    if isinstance(delta, Tensor) and "magnitude" not in parts:
-        full = delta.reshape(base.shape if base else shape)
-        return Change(added=_fitting(module, full, base), added_bias=added_bias)
-    if isinstance(delta, Tensor):  # rescaled lengths need factors to stand beside: the identity is one of them
-        delta = LowRank(torch.eye(delta.shape[1]), delta)
     if base is not None:
         if tuple(delta.shape) != tuple(base.matrix_shape):
             raise _misfit(module, delta.shape, base)
         shape = base.shape
+    if isinstance(delta, Tensor):
+        if not {"magnitude", "bias"} & set(parts):
+            return Change(added=delta.reshape(shape), added_bias=added_bias)
+        # What belongs to factors needs factors to stand beside: the identity is one.
+        delta = LowRank(torch.eye(delta.shape[1]), delta)
     kind = base.kind if base else Kind.LINEAR if len(shape) == 2 else Kind.CONVOLUTION
     magnitude = _magnitude(parts["magnitude"], shape) if "magnitude" in parts else None
     weight = AdaptedWeight(kind, delta, tuple(shape), bias=parts.get("bias"), magnitude=magnitude)
@@ -126,10 +126,15 @@ def parts_of(weight: AdaptedWeight) -> dict[str, Tensor]:
     """A, B, alpha (and bias, magnitude) of a change, in a convolution's own axes; scaling becomes alpha.
 
     A keeps (r, d_in) or (r, channels, *kernel), B (d_out, r) or (d_out, r, 1, ...): as every dialect wants them.
+
+    Raises:
+        FormatError: a convolution whose kernel is not known.
     """
     delta = weight.delta
     A, B = delta.A, delta.B
-    if weight.kind is Kind.CONVOLUTION and weight.shape is not None:
+    if weight.kind is Kind.CONVOLUTION:
+        if weight.shape is None:
+            raise FormatError("a convolution's factors cannot be written without its kernel: give the base model")
         kernel = weight.shape[2:]
         A = A.reshape(delta.rank, weight.shape[1], *kernel)
         B = B.reshape(*B.shape, *(1 for _ in kernel))
@@ -148,25 +153,27 @@ def _delta_of(module: str, parts: Mapping[str, Tensor], names: set[str]) -> tupl
         delta, kernel = _lora(module, parts)
     elif names <= loha.TENSORS:
         _require(module, parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        rank = parts["hada_w1_b"].shape[0]
-        delta, kernel = loha.product(parts, _scaling(parts, rank), module), tuple(parts.get("hada_t1", _FLAT).shape[2:])
+        delta = loha.product(parts, _scaling(parts, parts["hada_w1_b"].shape[0]), module)
+        kernel = _kernel(parts, "hada_t1")
     elif names <= lokr.TENSORS:
-        _require(
-            module, parts, *(f"lokr_w{i}" if f"lokr_w{i}" in parts else f"lokr_w{i}_{s}" for i in "12" for s in "ab")
-        )
-        # As LyCORIS counts it: the rank of a factored half, and no scale at all where both halves are full.
-        factored = [parts[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
-        scaling = _scaling(parts, factored[0]) if factored else 1.0
-        kernel = tuple(parts.get("lokr_t2", parts.get("lokr_w2", _FLAT)).shape[2:])
-        delta = lokr.product(parts, scaling, module)
+        delta, kernel = _lokr(module, parts), _kernel(parts, "lokr_t2", "lokr_w2")
     else:
         raise FormatError(f"{module}: holds {_listed(parts)}, which is not one adapter; the file mixes dialects")
     d_out, d_in = delta.shape
-    size = int(torch.tensor(kernel).prod()) if kernel else 1
-    return delta, (d_out, d_in // size, *kernel) if kernel else (d_out, d_in)
+    return delta, (d_out, d_in // math.prod(kernel), *kernel)
 
 
-_FLAT = torch.empty(0, 0)
+def _kernel(parts: Mapping[str, Tensor], *names: str) -> tuple[int, ...]:
+    """Sides of a convolution's kernel: the last axes of the first of these parts that is there; () for none."""
+    return next((tuple(parts[name].shape[2:]) for name in names if name in parts), ())
+
+
+def _lokr(module: str, parts: Mapping[str, Tensor]) -> LowRank | Tensor:
+    """Scaled as LyCORIS does: by the rank of a factored half, and not at all where both halves are full."""
+    for i in "12":
+        _require(module, parts, *([] if f"lokr_w{i}" in parts else [f"lokr_w{i}_a", f"lokr_w{i}_b"]))
+    ranks = [parts[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
+    return lokr.product(parts, _scaling(parts, ranks[0]) if ranks else 1.0, module)
 
 
 def _lora(module: str, parts: Mapping[str, Tensor]) -> tuple[LowRank, tuple[int, ...]]:
@@ -200,10 +207,14 @@ def _magnitude(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
     return magnitude.reshape(1, -1)
 
 
-def _fitting(module: str, tensor: Tensor, base: Parameter | None) -> Tensor:
-    if base is not None and tuple(tensor.shape) != tuple(base.shape):
-        raise _misfit(module, tensor.shape, base)
-    return tensor
+def _fitting(module: str, parts: Mapping[str, Tensor], base: Parameter | None) -> Tensor | None:
+    """The difference of the weight in full, None where only the bias has one."""
+    if "diff" not in parts:
+        return None
+    difference = wide(parts["diff"])
+    if base is not None and tuple(difference.shape) != tuple(base.shape):
+        raise _misfit(module, difference.shape, base)
+    return difference
 
 
 def _misfit(module: str, shape: Iterable[int], base: Parameter) -> MismatchError:

@@ -546,11 +546,39 @@ def test_what_is_no_adapter_is_named(keys: list[str], message: str):
             "conv_in.oft_blocks is not understood",
         ),
         ({"alpha": torch.tensor(1.0)}, "holds alpha, which is not one adapter"),
+        ({"diff": torch.ones(4, 3), "lora_up.weight": torch.ones(4, 1)}, "holds B, diff, which is not one adapter"),
+        ({"diff": torch.ones(4, 3), "dora_scale": torch.ones(4, 1)}, "holds diff, magnitude, which is not one adapter"),
+        ({"lokr_w1": torch.ones(2, 2), "hada_w1_a": torch.ones(4, 1)}, "which is not one adapter"),
+        ({"lokr_w1": torch.ones(2, 2)}, "has lokr_w1 but no lokr_w2_a, lokr_w2_b"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(parts: dict[str, Tensor], message: str):
     with pytest.raises(FormatError, match=message):
-        open_kohya({f"lora_unet_conv_in.{part}": tensor for part, tensor in parts.items()})
+        open_lycoris({f"lora_unet_conv_in.{part}": tensor for part, tensor in parts.items()})
+
+
+@pytest.mark.parametrize("kind", ["lokr in full", "lokr", "loha", "difference"])
+def test_another_base_is_refused(kind: str):
+    parts, wanted = lycoris_parts()[kind]
+    tensors = {f"lora_unet_conv_in.{part}": tensor for part, tensor in parts.items()}
+    for shape, fits in [(tuple(wanted.shape), True), ((7, 5), False)]:
+        base = {"conv_in.weight": Parameter("conv_in.weight", Kind.LINEAR, shape, ())}
+        if fits:
+            assert len({**open_lycoris(tensors, base=base).weights, **open_lycoris(tensors, base=base).added}) == 1
+        else:
+            with pytest.raises(MismatchError, match="belongs to another base"):
+                open_lycoris(tensors, base=base)
+
+
+def test_rescaled_full_kronecker_product(tmp_path):
+    """A dense change with DoRA lengths is kept exactly, beside an identity."""
+    torch.manual_seed(7)
+    w1, w2, scale, weight = torch.randn(2, 2), torch.randn(3, 4), torch.rand(6, 1), torch.randn(6, 8)
+    parts = {"lokr_w1": w1, "lokr_w2": w2, "dora_scale": scale}
+    change = open_lycoris({f"lora_unet_conv_in.{p}": t for p, t in parts.items()}).weights["unet.conv_in.weight"]
+    adapted = weight + torch.kron(w1, w2)
+    wanted = adapted * scale / adapted.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(weight + rescaled(weight, change.delta, change.magnitude), wanted)
 
 
 def test_nothing_is_lost_in_silence(tmp_path):
