@@ -25,7 +25,7 @@ _WORDS = """
     single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1_context norm_out proj_mlp
     context_embedder x_embedder pos_embed y_embedder t_embedder time_text_embed timestep_embedder text_embedder
     guidance_embedder joint_blocks context_block x_block attention feed_forward w1 w2 w3 blocks cross_attn k_img v_img
-    ffn attn2_kv
+    ffn
 """
 WORDS = frozenset(_WORDS.split())
 _LONGEST = max(word.count("_") + 1 for word in WORDS)
