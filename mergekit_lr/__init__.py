@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mergekit_lr.adapter.open import open_adapter
     from mergekit_lr.checkpoint.checkpoint import Checkpoint
     from mergekit_lr.errors import LrmergeError
+    from mergekit_lr.methods.merge_tensors import merge_tensors
+    from mergekit_lr.methods.registry import methods
     from mergekit_lr.report.application import ApplyReport
     from mergekit_lr.report.compression import AdapterReport
     from mergekit_lr.report.extraction import ExtractReport
@@ -47,6 +49,8 @@ _PLACES = {
     "convert": "mergekit_lr.verbs.convert",
     "extract": "mergekit_lr.verbs.extract",
     "inspect": "mergekit_lr.verbs.inspect",
+    "merge_tensors": "mergekit_lr.methods.merge_tensors",
+    "methods": "mergekit_lr.methods.registry",
     "open_adapter": "mergekit_lr.adapter.open",
     "plan_apply": "mergekit_lr.verbs.apply_plan",
     "plan_compress": "mergekit_lr.verbs.compress_plan",
@@ -68,6 +72,8 @@ __all__ = [
     "convert",
     "extract",
     "inspect",
+    "merge_tensors",
+    "methods",
     "open_adapter",
     "plan_apply",
     "plan_compress",

@@ -1,0 +1,40 @@
+"""Arcee Fusion: takes over from a model only the changes that matter most, by size and by effect on each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lrgpu.selection import kth_smallest
+from torch import Tensor
+
+from mergekit_lr.methods.delta import widened
+from mergekit_lr.methods.registry import method
+
+_SMOOTHING = 1e-8  # added to probabilities before their logarithm
+
+
+@method("arcee_fusion", paper="mergekit", takes="weights", models=(1, 1))
+def arcee_fusion(models: Sequence[Tensor], /, *, base: Tensor) -> Tensor:
+    """The base with those elements of the model whose importance is an outlier.
+
+    Importance is |delta| times the divergence KL(softmax(row of model) || softmax(row of base)); an element is
+    taken from the median plus 1.5 interquartile ranges on. Quantiles are exact order statistics.
+
+    Args:
+        models: one tensor (..., m, n).
+        base: (..., m, n).
+    """
+    model, base = widened(models[0]), widened(base)
+    p, q = (torch.softmax(x, -1) + _SMOOTHING for x in (model, base))
+    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+    importance = (model - base).abs() * divergence.clamp_min(0)
+    flat = importance.reshape(-1, importance.shape[-2] * importance.shape[-1])
+    limits = importance.new_tensor([_limit(row) for row in flat]).reshape(*importance.shape[:-2], 1, 1)
+    return torch.where(importance >= limits, model, base)
+
+
+def _limit(numbers: Tensor) -> float:
+    """Median + 1.5 (upper - lower quartile), each at the rank floor(q (n - 1)) counted from 0."""
+    lower, median, upper = (kth_smallest([numbers], int(q * (numbers.numel() - 1)) + 1) for q in (0.25, 0.5, 0.75))
+    return median + 1.5 * (upper - lower)

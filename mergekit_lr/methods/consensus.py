@@ -1,0 +1,96 @@
+"""Sums of deltas, with a sign elected in every element, in one pass: at most four accumulators, never T tensors.
+
+The elected sign is that of the sum, and only elements of that sign are added up. Both are known from the sum of the
+positive and the sum of the negative parts alone, and the divisors from the weights that stand behind each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.methods.linear import normalized
+
+Divisor = Literal["none", "weights", "count"]
+
+
+def weighted_sum(deltas: Iterable[Tensor], weights: list[Any], *, normalize: bool) -> Tensor:
+    """sum_t w_t delta_t, over the sum of the weights with ``normalize`` (unless that is 0)."""
+    total: Tensor | None = None
+    for weight, delta in zip(normalized(weights) if normalize else weights, deltas, strict=True):
+        term = delta * _like(weight, delta)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+def elected_sum(
+    deltas: Iterable[Tensor],
+    weights: list[Any],
+    *,
+    divisor: Divisor = "weights",
+    elect_on: Literal["weighted", "unweighted"] = "weighted",
+    majority: Literal["sum", "count"] = "sum",
+    zero_sign: Literal["positive", "majority"] = "positive",
+) -> Tensor:
+    """sum_t w_t delta_t over those t whose element has the elected sign; zeros never have it.
+
+    Args:
+        deltas: T tensors (..., m, n), sparse or not; each is read once, in order.
+        weights: T numbers or tensors (..., 1, 1).
+        divisor: divide by nothing, by the sum of the weights of what was added, or by how many were.
+        elect_on: elect on w_t delta_t, or on delta_t alone.
+        majority: the sign of the sum, or the sign that most have.
+        zero_sign: what an exact zero elects: +, or the sign that prevails among all the tensor's elections.
+    """
+    sums = _Sides(divisor, elect_on, majority)
+    for weight, delta in zip(weights, deltas, strict=True):
+        sums.add(delta, _like(weight, delta))
+    return sums.merged(zero_sign)
+
+
+class _Sides:
+    """What is summed on the positive and on the negative side: values, votes, divisors."""
+
+    def __init__(self, divisor: Divisor, elect_on: str, majority: str):
+        self.divisor, self.elect_on, self.majority = divisor, elect_on, majority
+        self.up: Any = 0
+        self.down: Any = 0
+        self.vote: Any = 0
+        self.up_divisor: Any = 0
+        self.down_divisor: Any = 0
+
+    def add(self, delta: Tensor, weight: Any) -> None:
+        weighted = delta * weight
+        voter = weighted if self.elect_on == "weighted" else delta
+        positive, negative = voter > 0, voter < 0
+        self.up = self.up + weighted.where(positive, 0)
+        self.down = self.down + weighted.where(negative, 0)
+        if self.majority == "count":
+            self.vote = self.vote + voter.sign()
+        elif self.elect_on == "unweighted":
+            self.vote = self.vote + voter
+        if self.divisor != "none":
+            share = weight if self.divisor == "weights" else 1.0
+            self.up_divisor = self.up_divisor + positive * share
+            self.down_divisor = self.down_divisor + negative * share
+
+    def merged(self, zero_sign: str) -> Tensor:
+        votes = self.up + self.down if self.majority == "sum" and self.elect_on == "weighted" else self.vote
+        elected = votes >= 0
+        if zero_sign == "majority":
+            prevailing = votes.sign().sum((-2, -1), keepdim=True) >= 0
+            elected = torch.where(votes == 0, prevailing, elected)
+        total = torch.where(elected, self.up, self.down)
+        if self.divisor == "none":
+            return total
+        divisor = torch.where(elected, self.up_divisor, self.down_divisor)
+        return total / divisor.where(divisor != 0, 1).to(total.dtype)
+
+
+def _like(weight: Any, delta: Tensor) -> Any:
+    """A tensor weight in the dtype of the delta, so that it does not widen it."""
+    return weight.to(delta.dtype) if isinstance(weight, Tensor) else weight

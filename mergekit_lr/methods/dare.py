@@ -1,0 +1,95 @@
+"""DARE (arXiv 2311.03099): drop elements of each delta at random and rescale the rest, then sum or elect.
+
+Which elements are dropped depends on (seed, tensor, model) alone, not on order, batches, threads or workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from lrgpu.random import uniform
+from torch import Tensor
+
+from mergekit_lr.methods.consensus import elected_sum, weighted_sum
+from mergekit_lr.methods.delta import widened
+from mergekit_lr.methods.registry import Number, PerModel, Share, method
+from mergekit_lr.methods.ties import matched_l1
+
+Compat = Literal["paper", "mergekit"]
+
+
+@method("dare_linear", paper="2311.03099", takes="deltas", spaces=("full", "core", "knots"))
+def dare_linear(
+    deltas: Sequence[Tensor],
+    /,
+    *,
+    keys: Sequence[Sequence[int]],
+    weights: PerModel = 1.0,
+    density: Share = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    scale: Number = 1.0,
+    compat: Compat = "paper",
+) -> Tensor:
+    """Drops elements at random, rescales the rest, and takes the weighted sum.
+
+    Args:
+        deltas: T tensors (..., m, n).
+        keys: for each model the key of the random stream of each matrix of the batch.
+        weights: one number per model.
+        density: the probability that an element is kept.
+        normalize: divide by the sum of the weights, unless that is 0.
+        rescale: divide what is kept by ``density``, so that the expected delta is unchanged.
+        scale: multiplies the result.
+        compat: "mergekit" rescales to the L1 norm of the delta instead.
+    """
+    return weighted_sum(_dropped(deltas, keys, density, rescale, compat), weights, normalize=normalize) * scale
+
+
+@method("dare_ties", paper="2311.03099", takes="deltas", spaces=("full", "core", "knots"))
+def dare_ties(
+    deltas: Sequence[Tensor],
+    /,
+    *,
+    keys: Sequence[Sequence[int]],
+    weights: PerModel = 1.0,
+    density: Share = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    scale: Number = 1.0,
+    compat: Compat = "paper",
+) -> Tensor:
+    """Drops elements at random, rescales the rest, and sums those of the elected sign.
+
+    Args:
+        deltas, keys, weights, density, rescale, scale, compat: as for ``dare_linear``.
+        normalize: divide by the sum of the weights of what agrees.
+    """
+    dropped = _dropped(deltas, keys, density, rescale, compat)
+    return elected_sum(dropped, weights, divisor="weights" if normalize else "none") * scale
+
+
+def drop(delta: Tensor, keys: Sequence[int], density: Any) -> Tensor:
+    """The delta (..., m, n) with each element kept with probability ``density``, unscaled."""
+    if not isinstance(density, Tensor) and density >= 1:
+        return delta
+    return delta * (uniform(keys, delta.shape[-2] * delta.shape[-1], delta).reshape(delta.shape) < density)
+
+
+def _dropped(
+    deltas: Iterable[Tensor], keys: Sequence[Sequence[int]], density: list[Any], rescale: bool, compat: Compat
+) -> Iterator[Tensor]:
+    for t, delta in enumerate(deltas):
+        delta = widened(delta)
+        kept = drop(delta, keys[t], density[t])
+        if rescale and kept is not delta:
+            kept = matched_l1(kept, delta) if compat == "mergekit" else kept * inverse(density[t], kept)
+        yield kept
+
+
+def inverse(density: Any, like: Tensor) -> Any:
+    """1 / density; 0 where the density is 0 and nothing is kept."""
+    if isinstance(density, Tensor):
+        return (1 / density.where(density > 0, 1)).where(density > 0, 0).to(like.dtype)
+    return 1 / density if density > 0 else 0.0

@@ -1,0 +1,63 @@
+"""Isotropic merging with task subspaces, Iso-CTS (arXiv 2502.04959): common directions, each task's own, one level.
+
+The leading directions of the sum are kept, each task adds the leading directions of what they leave of it, both bases
+are orthogonalised, and every direction gets the mean singular value. Cost: one SVD of the sum and T truncated ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.errors import UsageError
+from mergekit_lr.methods.delta import combine, scaled, triplets, widened
+from mergekit_lr.methods.iso_c import mean
+from mergekit_lr.methods.registry import Number, PerModel, method
+from mergekit_lr.methods.tsv_m import whitened
+
+
+@method("iso_cts", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean)
+def iso_cts(
+    deltas: Sequence[Tensor],
+    /,
+    *,
+    weights: PerModel = 1.0,
+    scale: Number = 1.0,
+    common_fraction: float = 0.8,
+) -> Tensor:
+    """Common directions of the sum and each task's own, all at the mean singular value. Vectors are averaged.
+
+    Directions at the level of rounding, of low-rank or zero deltas, are left out. Adapters are merged in the space
+    "core", where the same sizes are counted from the rank of the stack.
+
+    Args:
+        deltas: T tensors (..., m, n).
+        weights: one number per model.
+        scale: multiplies the result.
+        common_fraction: the share of the directions that comes from the sum; 1 gives Iso-C.
+
+    Raises:
+        UsageError: ``common_fraction`` is not between 0 and 1.
+    """
+    if not 0 <= common_fraction <= 1:
+        raise UsageError(f"iso_cts: 'common_fraction' must be from 0 to 1, got {common_fraction:g}")
+    p, count = min(deltas[0].shape[-2:]), len(deltas)
+    own = min(round((p - int(p * common_fraction)) / count), p // count)
+    common = p - own * count
+    total = triplets(combine(weights, deltas), common)
+    blocks = [total]
+    for weight, delta in zip(weights, deltas, strict=True):
+        rest = widened(delta) * weight
+        rest = rest - total.U @ (total.U.mT @ rest)
+        blocks.append(triplets(rest, own))
+    U = torch.cat([block.U for block in blocks], -1)
+    S = torch.cat([block.S for block in blocks], -1)
+    V = torch.cat([block.Vh for block in blocks], -2).mT
+    # The mean is over the directions there are: all p of full-rank deltas.
+    level = S.double().sum(-1) / (S > 0).sum(-1).clamp_min(1)
+    merged = whitened(U) @ whitened(V).mT
+    result = scaled(merged * level[..., None, None].to(merged.dtype), scale)
+    assert isinstance(result, Tensor)
+    return result

@@ -1,0 +1,52 @@
+"""Model Stock (arXiv 2403.19522): between the base and the average of fine-tunes, as far as their angles say.
+
+With c the cosine between two fine-tunes seen from the base, the point of their span that is nearest to the centre
+of the weights' distribution is t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.methods.delta import combine, gram, widened
+from mergekit_lr.methods.registry import method
+
+
+@method("model_stock", paper="2403.19522", takes="weights", models=(2, None))
+def model_stock(
+    models: Sequence[Tensor],
+    /,
+    *,
+    base: Tensor,
+    filter_wise: bool = False,
+    compat: Literal["paper", "mergekit"] = "paper",
+) -> Tensor:
+    """Model Stock: the average of the fine-tunes, drawn towards the base where they disagree.
+
+    Args:
+        models: N >= 2 fine-tunes (..., m, n).
+        base: (..., m, n).
+        filter_wise: a ratio for each row instead of one for the tensor.
+        compat: the paper's ratio is within [0, 1], since its angles are at most right ones. "mergekit" takes the
+            formula as it is: a negative cosine moves away from the base, without bound near -1 / (N - 1).
+    """
+    deltas = [widened(model) - base for model in models]
+    rows = torch.stack(deltas, -2) if filter_wise else None
+    products = gram(deltas) if rows is None else rows.double() @ rows.double().mT  # (..., [m,] N, N)
+    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    size = lengths[..., :, None] * lengths[..., None, :]
+    cosines = products / size.where(size > 0, 1.0)
+    count = len(models)
+    off_diagonal = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
+    mean = off_diagonal / (count * (count - 1))
+    if compat == "paper":
+        mean = mean.clamp(0, 1)
+    ratio = (count * mean / (1 + (count - 1) * mean))[..., None]
+    ratio = ratio if filter_wise else ratio[..., None]
+    average = combine([1 / count] * count, deltas)
+    assert isinstance(average, Tensor)
+    return base + ratio.to(average.dtype) * average

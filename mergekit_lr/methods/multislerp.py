@@ -1,0 +1,65 @@
+"""A barycentre of several models on the sphere (mergekit's multislerp).
+
+The published rule maps the unit vectors into the tangent space at their weighted mean, averages there and maps back.
+That average is zero, since the mean's own direction is all that the weighted sum of the unit vectors has. What is
+left is the weighted mean direction times the weighted mean length, which is computed here: a linear combination
+whose coefficients follow from the inner products, so factors stay factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.errors import UsageError
+from mergekit_lr.methods.delta import Delta, combine, gram, widened
+from mergekit_lr.methods.linear import normalized
+from mergekit_lr.methods.registry import PerModel, method
+
+
+@method("multislerp", paper="mergekit", takes="weights", factored=True)
+def multislerp(
+    models: Sequence[Delta],
+    /,
+    *,
+    base: Tensor | None = None,
+    weights: PerModel = 1.0,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+) -> Delta:
+    """The weighted mean direction of several models, or of their deltas, at their weighted mean length.
+
+    Args:
+        models: T tensors (..., m, n), or T ``LowRank``. One model is returned as it is.
+        base: what the deltas are relative to.
+        weights: one number per model.
+        normalize_weights: divide the weights by their sum.
+        eps: added to each length before dividing by it; a mean shorter than this has no direction.
+
+    Raises:
+        UsageError: the weighted unit vectors cancel, for more than two models. For two the weighted sum is taken.
+    """
+    if len(models) == 1:
+        return models[0]
+    dense = [model for model in models if isinstance(model, Tensor)]
+    deltas = models if base is None else [widened(model) - base for model in dense]
+    products = gram(deltas)
+    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()  # (..., T)
+    w = torch.stack([_over(weight, lengths) for weight in (normalized(weights) if normalize_weights else weights)], -1)
+    c = w / (lengths + eps)
+    mean = (c * (products @ c[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
+    none = mean < eps
+    if bool(none.any()) and len(models) > 2:
+        raise UsageError("multislerp: the weighted models cancel, so their mean has no direction; change the weights")
+    along = c / mean.where(~none, 1.0)[..., None] * (w * lengths).sum(-1, keepdim=True)
+    coefficients = torch.where(none[..., None], w, along)
+    merged = combine([coefficient[..., None, None] for coefficient in coefficients.unbind(-1)], deltas)
+    return merged if base is None or not isinstance(merged, Tensor) else base + merged
+
+
+def _over(weight: object, lengths: Tensor) -> Tensor:
+    """A weight, a number or (..., 1, 1), as float64 over the batch of (..., T)."""
+    value = torch.as_tensor(weight, dtype=torch.float64, device=lengths.device)
+    return (value[..., 0, 0] if value.ndim else value).expand(lengths.shape[:-1])

@@ -1,0 +1,27 @@
+"""Nearswap: where a model is close to the base it is taken over, where it is far it moves the base little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.methods.delta import widened
+from mergekit_lr.methods.registry import Number, method
+
+
+@method("nearswap", paper="mergekit", takes="weights", models=(1, 1))
+def nearswap(models: Sequence[Tensor], /, *, base: Tensor, t: Number) -> Tensor:
+    """The base moved towards the model by at most ``t`` in every element.
+
+    W_0 + c (W_1 - W_0) with c = t / |W_1 - W_0|, at least 0 and at most 1.
+
+    Args:
+        models: one tensor (..., m, n).
+        base: (..., m, n).
+        t: the largest move.
+    """
+    delta = widened(models[0]) - base
+    share = (t / delta.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(0, 1)
+    return base + (share * delta).to(torch.promote_types(delta.dtype, base.dtype))

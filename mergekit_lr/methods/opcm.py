@@ -1,0 +1,138 @@
+"""Orthogonal projection-based continual merging, OPCM (arXiv 2501.09522): one model after the other, state in and out.
+
+With tau = U S V^T what is merged so far and k the leading directions that make up a share alpha of sum(S), a new
+delta loses its part in the leading k x k block and along every u_i v_i^T:
+
+    delta - U_k (U_k^T delta V_k) V_k^T - sum_{i > k} (u_i^T delta v_i) u_i v_i^T,
+
+which leaves it orthogonal to tau. Then the whole model is scaled to the mean norm of the task vectors so far.
+Memory is one model, however many are merged; of factors everything stays factors, of growing rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.errors import MismatchError, UsageError
+from mergekit_lr.methods.delta import Delta, combine, squared_norm, stacked, triplets, unstacked, widened
+from mergekit_lr.methods.registry import method
+
+
+@dataclass(frozen=True)
+class Continual:
+    """What has been merged so far.
+
+    deltas: by name. scale: lambda, by which the next step multiplies them. mean_norm: of the task vectors, over
+    the whole model. count: how many they were.
+    """
+
+    deltas: Mapping[str, Delta]
+    scale: float
+    mean_norm: float
+    count: int
+
+
+def begin(update: Mapping[str, Delta]) -> Continual:
+    """The state after the first model, which is taken as it is."""
+    return Continual(dict(update), 1.0, _norm(update), 1)
+
+
+def merge_next(
+    state: Continual, update: Mapping[str, Delta], *, alpha: float = 0.5, matrices: Collection[str] | None = None
+) -> Continual:
+    """The state with one more model merged.
+
+    Args:
+        state: from :func:`begin` or an earlier call.
+        update: the model's deltas, by the same names.
+        alpha: the share of the nuclear norm whose directions are protected.
+        matrices: names of the deltas that are projected; all with two axes without it. Others are added whole.
+
+    Raises:
+        MismatchError: ``update`` has other names than the state.
+    """
+    if update.keys() != state.deltas.keys():
+        other = sorted(update.keys() ^ state.deltas.keys())[0]
+        raise MismatchError(f"opcm: {other!r} is in one of the models only; all must have the same tensors")
+    raw: dict[str, Delta] = {}
+    for name, merged in state.deltas.items():
+        delta = update[name]
+        projects = len(delta.shape) == 2 if matrices is None else name in matrices
+        raw[name] = combine([state.scale, 1], [merged, project(delta, merged, alpha=alpha) if projects else delta])
+    mean_norm = (state.mean_norm * state.count + _norm(update)) / (state.count + 1)
+    size = _norm(raw)
+    scale = size / mean_norm if mean_norm > 0 and size > 0 else 1.0
+    return Continual({name: combine([1 / scale], [d]) for name, d in raw.items()}, scale, mean_norm, state.count + 1)
+
+
+def project(delta: Delta, merged: Delta, *, alpha: float) -> Delta:
+    """The delta (..., m, n) without its part along what is merged already.
+
+    Args:
+        delta: the new one.
+        merged: tau; its directions at the level of rounding do not count.
+        alpha: k is the number of leading singular values whose cumulative share of the nuclear norm is at most this.
+
+    Raises:
+        UsageError: ``alpha`` is not between 0 and 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"opcm: 'alpha' must be from 0 to 1, got {alpha:g}")
+    U, S, Vh = triplets(merged)
+    total = S.sum(-1, keepdim=True)
+    share = S.cumsum(-1) / total.where(total > 0, 1)
+    leading = ((share <= alpha) if alpha < 1 else torch.ones_like(share, dtype=torch.bool)).to(S.dtype)
+    if isinstance(delta, LowRank):
+        folded = delta.folded()
+        inside = (U.mT @ folded.B) @ (folded.A @ Vh.mT)
+    else:
+        inside = U.mT @ widened(delta) @ Vh.mT  # (..., rho, rho)
+    removed = inside * (leading[..., :, None] * leading[..., None, :])
+    diagonal = inside.diagonal(dim1=-2, dim2=-1) * (1 - leading)
+    removed = removed + torch.diag_embed(diagonal)
+    if isinstance(delta, LowRank):
+        return combine([1, -1], [delta, LowRank(Vh, U @ removed)])
+    return widened(delta) - U @ removed @ Vh
+
+
+def running_sum(deltas: Sequence[Delta], /, **_: Any) -> Delta:
+    """The same without projection, for vectors."""
+    return _merged(deltas, alpha=0.5, matrices=())
+
+
+@method("opcm", paper="2501.09522", takes="deltas", vectors=running_sum, factored=True)
+def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
+    """Merges one model after the other, each without its part along those before. Vectors are added whole.
+
+    Here the norm that is kept is the tensor's own. :func:`begin` and :func:`merge_next` do the same for a whole model,
+    where the norm is the model's, as in the paper.
+
+    Args:
+        deltas: T tensors (..., m, n), or T ``LowRank``, in the order in which they are merged.
+        alpha: the share of the nuclear norm whose directions are protected.
+    """
+    return _merged(deltas, alpha=alpha, matrices=("",))
+
+
+def _merged(deltas: Sequence[Delta], *, alpha: float, matrices: Collection[str]) -> Delta:
+    if len(deltas[0].shape) > 2:  # a batch: each matrix has a norm of its own
+        return stacked([_merged(one, alpha=alpha, matrices=matrices) for one in unstacked(deltas)], deltas[0])
+    state = begin({"": deltas[0]})
+    for delta in deltas[1:]:
+        state = merge_next(state, {"": delta}, alpha=alpha, matrices=matrices)
+    return state.deltas[""]
+
+
+def _norm(deltas: Mapping[str, Delta]) -> float:
+    total = sum(float(squared_norm(d if isinstance(d, LowRank) else _matrix(d)).sum()) for d in deltas.values())
+    return max(total, 0.0) ** 0.5
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor

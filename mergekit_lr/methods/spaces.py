@@ -1,0 +1,159 @@
+"""Where a method on deltas runs: on the deltas themselves, or on small coordinates of adapters.
+
+full: the deltas. Adapters stay factors with methods that can (linear ones, svd, iso_c, tsv_m ...), otherwise
+    they are multiplied out.
+core: Core Space (arXiv 2509.17786). With U_B, V_A orthonormal bases of [B_1 | ... | B_T] and [A_1; ...; A_T], the
+    method sees M_t = (U_B^T B_t)(A_t V_A), and the result is U_B M V_A^T. Lossless: U_B M_t V_A^T = delta_t.
+knots: KnOTS (arXiv 2410.19735). With [delta_1 | ... | delta_T] = U S [V_1^T | ... | V_T^T], the method sees
+    S V_t^T (K, n), and the result is U M.
+
+Both take O((m + n) R^2 + R^3) for a total rank R, never form an m x n matrix and give factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.errors import UsageError
+from mergekit_lr.methods.delta import Delta, as_dense, shape_of, stacked, unstacked
+from mergekit_lr.methods.registry import Method
+
+Space: TypeAlias = Literal["full", "core", "knots"]
+Rule: TypeAlias = Callable[[Sequence[Tensor]], Any]  # a method on T tensors, with its parameters
+
+
+class CoreBasis(NamedTuple):
+    """U (m, K_B), V (n, K_A), orthonormal; coordinates M_t (K_B, K_A) of each delta: delta_t = U M_t V^T."""
+
+    U: Tensor
+    V: Tensor
+    coordinates: list[Tensor]
+
+
+class KnotsBasis(NamedTuple):
+    """U (m, K) orthonormal, S (K,) descending, V[t] (K, n): delta_t = U diag(S) V[t]."""
+
+    U: Tensor
+    S: Tensor
+    V: list[Tensor]
+
+
+def run(
+    method: Method,
+    inputs: Sequence[Delta],
+    *,
+    space: Space = "full",
+    knots_scale: Literal["sigma", "none"] = "sigma",
+    keys: Sequence[Sequence[int]] = (),
+    **parameters: Any,
+) -> Delta:
+    """Runs a method on deltas or factors in a space.
+
+    Args:
+        method: what to run.
+        inputs: T deltas (..., m, n), dense or ``LowRank``; in the spaces "core" and "knots" all ``LowRank``.
+        space: where.
+        knots_scale: in the space "knots", "sigma" shows the method S V_t^T as the reference does, "none" V_t^T alone.
+        keys: streams of random numbers, for methods that draw: for each model one per matrix of the batch.
+        parameters: of the method; one number per matrix of a batch is for the space "full" only.
+
+    Raises:
+        UsageError: the method does not run there, or takes other inputs.
+        MismatchError: the inputs differ in shape.
+    """
+    shape_of(inputs)
+    if space not in method.spaces:
+        raise UsageError(f"{method.name} does not run in the space {space!r}; choose one of {', '.join(method.spaces)}")
+    factors = [delta for delta in inputs if isinstance(delta, LowRank)]
+    if (space != "full" or method.takes == "factors") and len(factors) < len(inputs):
+        what = f"the space {space!r}" if space != "full" else method.name
+        raise UsageError(f"{what} takes adapters (low-rank factors), got dense tensors")
+    random: dict[str, Any] = {"keys": keys} if method.random else {}
+    if space == "full":
+        whole = inputs if method.factored else [as_dense(delta) for delta in inputs]
+        return method.function(whole, **random, **parameters)
+    if len(inputs[0].shape) > 2:  # ranks, and so the sizes of the coordinates, differ within a batch
+        each = zip(unstacked(inputs), zip(*keys, strict=True), strict=True) if random else None
+        parts = each or ((one, ()) for one in unstacked(inputs))
+        merged = [
+            run(method, one, space=space, knots_scale=knots_scale, keys=[[k] for k in key], **parameters)
+            for one, key in parts
+        ]
+        return stacked(merged, inputs[0])
+
+    def rule(coordinates: Sequence[Tensor]) -> Any:
+        return method.function(coordinates, **random, **parameters)
+
+    return in_core(factors, rule) if space == "core" else in_knots(factors, rule, scale=knots_scale)
+
+
+def in_core(factors: Sequence[LowRank], rule: Rule) -> LowRank:
+    """The rule's result on the coordinates in Core Space, as factors."""
+    basis = core_basis(factors)
+    return lifted(as_dense(rule(basis.coordinates)), basis)
+
+
+def lifted(merged: Tensor, basis: CoreBasis) -> LowRank:
+    """U M V^T as factors of the smaller of M's sides."""
+    if merged.shape[-2] < merged.shape[-1]:
+        return LowRank(merged @ basis.V.mT, basis.U)
+    return LowRank(basis.V.mT, basis.U @ merged)
+
+
+def core_basis(factors: Sequence[LowRank]) -> CoreBasis:
+    """The singular bases of the stacked factors, and the coordinates of each delta (m, n) in them.
+
+    The bases are those of the unweighted factors, scalings folded into B. Methods that are not equivariant (TIES,
+    DARE) depend on this choice. Dependent directions are dropped. Signs are such that the largest element of each
+    vector is positive.
+    """
+    folded = [factor.folded() for factor in factors]
+    U = _column_basis(torch.cat([f.B for f in folded], -1))
+    V = _column_basis(torch.cat([f.A for f in folded], -2).mT)
+    return CoreBasis(U, V, [(U.mT @ f.B) @ (f.A @ V) for f in folded])
+
+
+def in_knots(factors: Sequence[LowRank], rule: Rule, *, scale: Literal["sigma", "none"] = "sigma") -> LowRank:
+    """The rule's result on the right blocks of the joint SVD, as factors."""
+    basis = knots_basis(factors)
+    if scale == "sigma":
+        return LowRank(as_dense(rule([basis.S[:, None] * V for V in basis.V])), basis.U)
+    return LowRank(basis.S[:, None] * as_dense(rule(basis.V)), basis.U)
+
+
+def knots_basis(factors: Sequence[LowRank], *, floor: float | None = None) -> KnotsBasis:
+    """The SVD of the deltas (m, n) side by side, from small cores alone.
+
+    Args:
+        factors: T ``LowRank``.
+        floor: drop singular values up to this; without it those at the level of rounding.
+    """
+    folded = [factor.folded() for factor in factors]
+    dtype = torch.promote_types(*(folded[i].compute_dtype for i in (0, -1)))
+    Q_B, R_B = torch.linalg.qr(torch.cat([f.B for f in folded], -1).double())
+    right = [torch.linalg.qr(f.A.mT.double()) for f in folded]
+    core = R_B @ torch.block_diag(*(R.mT for _, R in right))
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    sides = Q_B.shape[-2], sum(Q.shape[-2] for Q, _ in right)
+    least = S[:1] * (max(sides) * torch.finfo(dtype).eps) if floor is None else floor
+    kept = int((S > least).sum())
+    blocks = Vh[:kept].split([R.shape[-2] for _, R in right], -1)
+    V = [(block @ Q.mT).to(dtype) for block, (Q, _) in zip(blocks, right, strict=True)]
+    return KnotsBasis((Q_B @ U[:, :kept]).to(dtype), S[:kept].to(dtype), V)
+
+
+def _column_basis(stack: Tensor) -> Tensor:
+    """The left singular vectors (d, K) of the stack (d, R) that are above rounding, by QR and a small SVD."""
+    Q, R = torch.linalg.qr(stack.double())
+    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    kept = (S > S[:1] * (max(stack.shape) * torch.finfo(stack.dtype).eps)) & (S > 0)
+    basis = Q @ U[:, kept]
+    if basis.shape[-1]:
+        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+        basis = basis * largest.sign()
+    return basis.to(stack.dtype)

@@ -1,0 +1,109 @@
+"""TIES (arXiv 2306.01708): trim each delta to its largest elements, elect a sign, average what agrees.
+
+The threshold is found by selection and the sums run in accumulators: cost O(T m n), one delta in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from lrgpu.selection import kth_smallest, largest
+from torch import Tensor
+
+from mergekit_lr.methods.consensus import elected_sum
+from mergekit_lr.methods.delta import scaled, widened
+from mergekit_lr.methods.registry import Number, PerModel, Share, method
+
+
+@method("ties", paper="2306.01708", takes="deltas", spaces=("full", "core", "knots"))
+def ties(
+    deltas: Sequence[Tensor],
+    /,
+    *,
+    weights: PerModel = 1.0,
+    density: Share = 1.0,
+    threshold: PerModel = None,
+    normalize: bool = True,
+    rescale: bool = False,
+    scale: Number = 1.0,
+    elect_on: Literal["weighted", "unweighted"] = "weighted",
+    majority: Literal["sum", "count"] = "sum",
+    zero_sign: Literal["positive", "majority"] = "positive",
+    divide_by: Literal["weights", "count"] = "weights",
+) -> Tensor:
+    """Trims each delta, elects a sign per element, and averages the values of that sign.
+
+    Args:
+        deltas: T tensors (..., m, n).
+        weights: one number per model.
+        density: the share of a tensor's elements that is kept, floor(density n) of them, the largest.
+        threshold: keep every element of at least this magnitude instead. With :func:`trim_threshold` that trims
+            over a whole model, as the paper does, where ``density`` trims each tensor.
+        normalize: average; otherwise sum.
+        rescale: restore the L1 norm that trimming took.
+        scale: multiplies the result.
+        elect_on: on the deltas times their weights, or on the deltas alone (paper, PEFT).
+        majority: the sign of the sum, or the sign that most have.
+        zero_sign: the sign that a sum of exactly 0 elects: +, or what prevails in the tensor.
+        divide_by: average over the weights of what agrees, or over its count (paper, PEFT).
+    """
+    trimmed = _trimmed(deltas, density, threshold, rescale)
+    merged = elected_sum(
+        trimmed,
+        weights,
+        divisor=divide_by if normalize else "none",
+        elect_on=elect_on,
+        majority=majority,
+        zero_sign=zero_sign,
+    )
+    return _tensor(scaled(merged, scale))
+
+
+def trim_threshold(tensors: Sequence[Tensor], keep: int) -> float:
+    """The magnitude from which on the ``keep`` largest elements of all the tensors together lie.
+
+    Args:
+        tensors: all the deltas of one model, of any shapes and one dtype.
+        keep: how many elements to keep; 0 keeps none (equal magnitudes may keep more).
+    """
+    total = sum(tensor.numel() for tensor in tensors)
+    if keep <= 0 or not total:
+        return float("inf")
+    return kth_smallest([widened(tensor).abs() for tensor in tensors], max(1, total - keep + 1))
+
+
+def keep_largest(delta: Tensor, density: Any) -> Tensor:
+    """The delta (..., m, n) with only its floor(density m n) largest elements; ``density`` a number or (..., 1, 1)."""
+    if not isinstance(density, Tensor) and density >= 1:
+        return delta
+    flat = delta.reshape(-1, delta.shape[-2] * delta.shape[-1])
+    return delta * largest(flat.abs(), counts(density, delta)).reshape(delta.shape)
+
+
+def counts(share: Any, delta: Tensor) -> list[int]:
+    """floor(share m n) for each matrix of the batch."""
+    size = delta.shape[-2] * delta.shape[-1]
+    if not isinstance(share, Tensor):
+        return [int(share * size)] * (delta.numel() // max(1, size))
+    return [int(s * size) for s in share.expand(*delta.shape[:-2], 1, 1).flatten().tolist()]
+
+
+def matched_l1(sparse: Tensor, delta: Tensor) -> Tensor:
+    """``sparse`` scaled to the L1 norm of ``delta``, matrix by matrix, where neither is zero."""
+    before, after = (x.abs().sum((-2, -1), keepdim=True) for x in (delta, sparse))
+    usable = (before >= 1e-7) & (after >= 1e-7)
+    return sparse * (before / after.where(usable, 1)).where(usable, 1)
+
+
+def _trimmed(
+    deltas: Iterable[Tensor], density: list[Any], threshold: list[Any] | None, rescale: bool
+) -> Iterator[Tensor]:
+    for t, delta in enumerate(deltas):
+        delta = widened(delta)
+        kept = keep_largest(delta, density[t]) if threshold is None else delta * (delta.abs() >= threshold[t])
+        yield matched_l1(kept, delta) if rescale else kept
+
+
+def _tensor(delta: Any) -> Tensor:
+    return delta
