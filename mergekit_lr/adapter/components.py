@@ -26,6 +26,8 @@ _FIRST = {
     "text_model": "text_encoder",
 }
 
+COMPONENTS = frozenset(_FIRST.values()) | {"text_encoder_2", "text_encoder_3", "text_encoders", "transformer_2"}
+
 
 class Renamed(NamedTuple):
     """The adapter under its new names, and the names that belong to other components and are left out."""

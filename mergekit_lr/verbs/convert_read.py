@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_lr.adapter.adapter import Adapter
+from mergekit_lr.adapter.components import COMPONENTS
 from mergekit_lr.adapter.file import read_file
 from mergekit_lr.adapter.open import open_adapter
 from mergekit_lr.adapter.variants import TYPES, Variant, open_variant
@@ -86,7 +87,9 @@ def open_source(ref: str | Path | Adapter, base: Base | None = None) -> Source:
         UsageError: an adapter that cannot be read without its base.
     """
     if isinstance(ref, Adapter):
-        return Source("memory", None, _with_plain_magnitudes(ref), "peft", None, {}, _nbytes(ref))
+        in_pipeline = bool(ref.weights) and all(name.partition(".")[0] in COMPONENTS for name in ref.weights)
+        dialect = "diffusers" if in_pipeline else "peft"
+        return Source("memory", None, _with_plain_magnitudes(ref), dialect, None, {}, _nbytes(ref))
     path = local_path(str(ref))
     if path.is_file() and path.name == PEFT_FILE and (path.parent / "adapter_config.json").exists():
         path = path.parent
