@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,21 +17,88 @@ def inspect(
     match: Annotated[
         str | None, typer.Option("--match", "-m", metavar="REGEX", help="Only parameters whose name it is found in.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="The adapter's base, for --check and --intruders.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Does every key of the adapter find its module in BASE?")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option("--for", metavar="SERVER", help="Does vllm, sglang or tensorrt-llm load the adapter?")
+    ] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Leading directions that resemble none of BASE's (arXiv 2410.21228).")
+    ] = False,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show tensors by kind with shapes, dtypes and norms; of an adapter, ranks, energy and spectra per module."""
     from lrmerge.console import emit_json
+    from mergekit_lr.errors import UsageError
     from mergekit_lr.verbs.inspect import AdapterView
     from mergekit_lr.verbs.inspect import inspect as look
 
+    if (check or intruders) and base is None:
+        raise UsageError(f"{'--check' if check else '--intruders'} needs --base BASE")
     view = look(path, match=match)
+    if not isinstance(view, AdapterView) and (check or intruders or server):
+        raise UsageError(f"{path} is a checkpoint; --check, --for and --intruders are about adapters")
     if as_json:
-        emit_json(view.to_json())
+        emit_json(view.to_json() | _questions_as_json(path, base, check, server, intruders))
     elif isinstance(view, AdapterView):
         _show_adapter(view, verbose=verbose)
     else:
         _show_checkpoint(view, verbose=verbose)
+    if not as_json:
+        _answer(path, base, check, server, intruders)
+
+
+def _questions_as_json(path: str, base: str | None, check: bool, server: str | None, intruders: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mergekit_lr.verbs.check import check_base, check_server
+    from mergekit_lr.verbs.intruders import intruders as find
+
+    answers: dict[str, Any] = {}
+    if check and base:
+        answers["problems"] = check_base(path, base)
+    if server:
+        answers["notes_for_server"] = check_server(path, server, base)
+    if intruders and base:
+        answers["intruders"] = [asdict(intruder) for intruder in find(base, path)]
+    return answers
+
+
+def _answer(path: str, base: str | None, check: bool, server: str | None, intruders: bool) -> None:
+    """Print what --check, --for and --intruders ask; an adapter that does not fit ends in exit code 1."""
+    from lrmerge.console import number, out, progress, shortened, table, word
+    from mergekit_lr.errors import MismatchError
+    from mergekit_lr.graph.run import Progress
+    from mergekit_lr.verbs.check import check_base, check_server
+    from mergekit_lr.verbs.intruders import intruders as find
+
+    if server:
+        notes = check_server(path, server, base)
+        out.print(f"{server} loads it" + "".join(f"; {note}" for note in notes), soft_wrap=True)
+    if intruders and base:
+        with progress("intruders", quiet=False) as advance:
+            found = find(
+                base, path, progress=advance and (lambda done, total, name: advance(Progress(done, total, name)))
+            )
+        shown = table(word("module"), number("index"), number("singular value"), number("similarity at most"))
+        short = shortened([intruder.module for intruder in found], max(out.width - 50, 20))
+        for i in found:
+            shown.add_row(short[i.module], str(i.index), f"{i.singular_value:.4g}", f"{i.similarity:.3f}")
+        if found:
+            out.print(shown)
+        out.print(f"{len(found)} intruder dimensions among the 10 leading directions of each module")
+    if check and base:
+        problems = check_base(path, base)
+        for problem in problems:
+            out.print(problem, style="red", soft_wrap=True)
+        if problems:
+            raise MismatchError(f"{path}: {len(problems)} of its tensors do not fit {base}")
+        out.print(f"everything in it finds its place in {base}", soft_wrap=True)
 
 
 def _show_checkpoint(view: CheckpointView, *, verbose: bool) -> None:
