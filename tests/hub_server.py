@@ -47,9 +47,8 @@ class Hub:
 
     def fetched(self) -> set[str]:
         """Names of the files whose content was sent."""
-        return {
-            path.rpartition("/")[2] for method, path, _ in self.requests if method == "GET" and path.startswith("blob/")
-        }
+        paths = (path for method, path, _ in self.requests if method == "GET")
+        return {path.rpartition("/")[2] for path in paths if path.startswith("blob/")}
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def server() -> Iterator[Hub]:
 
 @pytest.fixture
 def run(server, tmp_path, monkeypatch):
-    """The command line in this process, with huggingface_hub's settings as these environment variables would make them."""
+    """The command line in this process, with the settings of huggingface_hub as environment variables make them."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
@@ -182,7 +182,7 @@ def test_an_outage(server, run):
 
 
 def test_offline(server, run):
-    said(run("inspect", "org/base", offline=True), "org/base", "offline")
+    said(run("inspect", "org/base", offline=True), "org/base", "OFFLINE")
     assert server.requests == []
 
 

@@ -41,8 +41,15 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors
 
     name = f"{repo}@{revision}" if revision else repo
+    if constants.HF_HUB_OFFLINE:
+        try:
+            return _cached(repo, revision)
+        except errors.LocalEntryNotFoundError:
+            raise HubError(
+                f"{name}: no such folder here, not in the Hub's cache, and the Hub cannot be asked (HF_HUB_OFFLINE)"
+            ) from None
     try:
-        return _cached(repo, revision) if constants.HF_HUB_OFFLINE else _download(repo, revision)
+        return _download(repo, revision)
     except errors.GatedRepoError:
         raise HubError(
             f"{name}: this model is gated; accept its terms on its page, then log in with `hf auth login`"
@@ -53,10 +60,6 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise HubError(
             f"{name}: no such folder here and no such model on the Hub; check the spelling, or log in with "
             "`hf auth login` if it is private"
-        ) from None
-    except errors.LocalEntryNotFoundError if constants.HF_HUB_OFFLINE else ():
-        raise HubError(
-            f"{name}: no such folder here, not in the Hub's cache, and the Hub cannot be asked (offline)"
         ) from None
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         try:

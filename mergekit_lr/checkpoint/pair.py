@@ -66,6 +66,7 @@ def pair(base: Checkpoint, finetuned: Checkpoint, *, vocab: Vocabulary = "refuse
         layout, old, new = theirs, _renamed(mine, theirs), theirs.by_name
     # A tie that both sides keep is one tensor; where only one keeps it, the ends are compared one by one.
     kept_ties = {name for name in layout.ties if _is_tied(old.get(name), mine) and _is_tied(new.get(name), theirs)}
+    layout = _untied(layout, kept_ties)
     missing = [name for name in old if name not in new and name not in mine.ties]
     if missing:
         _refuse_missing(base, finetuned, missing, len(old))
@@ -73,6 +74,22 @@ def pair(base: Checkpoint, finetuned: Checkpoint, *, vocab: Vocabulary = "refuse
     pairs = tuple(_matched(old[name], new[name], base, finetuned, vocab) for name in both)
     added = tuple(p for name, p in new.items() if name not in old and not _is_tied(p, theirs))
     return Pairing(pairs, added, layout, {**theirs.unused, **mine.unused})
+
+
+def _untied(layout: Layout, kept: set[str]) -> Layout:
+    """``layout`` with only those ties that both sides keep: the ends of any other change on their own.
+
+    PEFT wraps or replaces the modules at both ends one by one, so each can have its own change.
+    """
+    broken = tuple(end for end in layout.tied if end.name not in kept)
+    if not broken:
+        return layout
+    return replace(
+        layout,
+        parameters=(*layout.parameters, *broken),
+        tied=tuple(end for end in layout.tied if end.name in kept),
+        ties={name: source for name, source in layout.ties.items() if name in kept},
+    )
 
 
 class Sides(NamedTuple):

@@ -145,7 +145,7 @@ def assemble(plan: ExtractPlan, journal: Journal, out: str | None, started: floa
     saved = {name: read_whole(plan.finetuned, p) for name, p in sources.items() if name in slots.saved}
     for name, tensor in saved.items():
         refuse_nan_in(tensor, sources[name], plan.finetuned)
-    others += [Carried(p.name, "saved", 0.0, "only the fine-tune has it") for p in plan.pairing.added]
+    others += [_addition(parameter, slots) for parameter in plan.pairing.added]
     ties = plan.pairing.layout.ties
     others += [Carried(name, "tied", 0.0, source) for name, source in ties.items() if name not in sources]
     others += [Carried(name, "unused", 0.0, reason) for name, reason in plan.pairing.unused.items()]
@@ -219,7 +219,16 @@ def _changed(plan: ExtractPlan, journal: Journal, ranks: dict[str, int]) -> set[
 
 
 def _in_full(plan: ExtractPlan) -> set[str]:
-    return {step.pair.name for step in plan.steps if step.treatment in (Treatment.COMPARE, Treatment.KEEP)}
+    full = {step.pair.name for step in plan.steps if step.treatment in (Treatment.COMPARE, Treatment.KEEP)}
+    return full | {parameter.name for parameter in plan.pairing.added}
+
+
+def _addition(parameter: Parameter, slots: peft.Carry) -> Carried:
+    """What becomes of a parameter that the base does not have: there is no change of it, only the whole."""
+    name = parameter.name
+    if name in slots.saved:
+        return Carried(name, "saved", 0.0, "only the fine-tune has it")
+    return Carried(name, "left out", 0.0, f"only the fine-tune has it; {slots.refused[name]}")
 
 
 def _other(step: Step, journal: Journal, slots: peft.Carry) -> Carried:
