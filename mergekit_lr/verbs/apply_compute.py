@@ -78,8 +78,9 @@ class Application:
             old = join(parts, task.spans).to(self.device)
             out = self._buffer(rows * columns, dtype).view(rows, columns)
             result = changed(old, part, task.target.changes, out=out)
-        if not math.isfinite(result.squared_norm):
-            self._refuse(task, parts)
+        # A sum of all entries is finite only where each of them is.
+        if not math.isfinite(result.squared_norm) or not math.isfinite(float(result.rows.sum())):
+            self._refuse_nan(task, parts, result)
         spread = split(result.rows, task.spans)
         stored = [self._round(span, exact) for span, exact in zip(task.spans, spread, strict=True)]
         lost = sum(_lost(narrow, exact) for narrow, exact in zip(stored, spread, strict=True))
@@ -102,14 +103,14 @@ class Application:
             return rows
         return rounded(rows, dtype, seed=self.seed, name=span.name, start=span.start)
 
-    def _refuse(self, task: Task, parts: list[Tensor]) -> None:
-        """Say where the NaN or Inf comes from."""
+    def _refuse_nan(self, task: Task, parts: list[Tensor], result: Changed) -> None:
+        """Say where a NaN or Inf comes from, if there is one: a sum may also be too large by itself."""
         for span, tensor in zip(task.spans, parts, strict=False):
             if not bool(torch.isfinite(tensor.float()).all()) and span.source is not None:
                 place = self.base.tensors[span.source].file if self.base.folder else self.base.ref
                 raise FormatError(f"{place}: tensor {span.source} holds NaN or Inf; the checkpoint is damaged")
-        assert task.target is not None
-        raise FormatError(f"{task.target.name}: the adapter's change holds NaN or Inf; the adapter is damaged")
+        if task.target is not None and not bool(torch.isfinite(result.rows).all()):
+            raise FormatError(f"{task.target.name}: the adapter's change holds NaN or Inf; the adapter is damaged")
 
     def _buffer(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory of this worker for new rows, used again: fresh pages would cost as much as the arithmetic."""
