@@ -102,7 +102,7 @@ def _leading(base: Tensor, a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Te
         u, s, _ = torch.linalg.svd(base + b @ a, full_matrices=False)
         return u[:, :count], s[:count]
     start = np.ones(min(base.shape), dtype=np.float32)
-    u, s = svds(_Adapted(base, a, b), k=count, v0=start, return_singular_vectors="u")[:2]
+    u, s, _ = svds(_Adapted(base, a, b), k=count, v0=start)
     order = np.argsort(-np.asarray(s))
     return torch.from_numpy(np.asarray(u)[:, order].copy()), torch.from_numpy(np.asarray(s)[order].copy())
 
