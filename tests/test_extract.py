@@ -53,6 +53,10 @@ def check_states(report: lr.ExtractReport, base: tiny.Tensors, tuned: tiny.Tenso
     return dict.fromkeys((m.name for m in report.modules), "decomposed") | {o.name: o.state for o in report.others}
 
 
+def in_memory(tensors: tiny.Tensors, **config: object) -> lr.Checkpoint:
+    return lr.Checkpoint.from_tensors(tensors, config=tiny.CONFIG | config)
+
+
 # Errors and ranks
 
 
@@ -231,8 +235,7 @@ def test_include_and_exclude():
 def test_embeddings(tmp_path, embeddings, state):
     base = tiny.decoder()
     tuned = tiny.finetuned(base)
-    sides = [lr.Checkpoint.from_tensors(tensors, config=tiny.CONFIG) for tensors in (base, tuned)]
-    report = lr.extract(*sides, tmp_path / "out", rank=4, embeddings=embeddings)
+    report = lr.extract(in_memory(base), in_memory(tuned), tmp_path / "out", rank=4, embeddings=embeddings)
     states = check_states(report, base, tuned)
     assert {states[TABLE], states[HEAD]} == {state}
     full = tiny.saved(tmp_path / "out")
@@ -330,9 +333,7 @@ def test_a_tie_that_the_fine_tune_broke(tmp_path):
 def test_a_tie_that_both_keep():
     base = {name: t for name, t in tiny.decoder().items() if name != HEAD}
     tuned = tiny.finetuned(base)
-    config = tiny.CONFIG | {"tie_word_embeddings": True}
-    sides = [lr.Checkpoint.from_tensors(tensors, config=config) for tensors in (base, tuned)]
-    report = lr.extract(*sides, rank=4)
+    report = lr.extract(in_memory(base, tie_word_embeddings=True), in_memory(tuned), rank=4)
     states = {o.name: o for o in report.others}
     assert states[HEAD].state == "tied"
     assert states[HEAD].reason == TABLE
@@ -343,16 +344,16 @@ def test_files_do_not_matter(tmp_path):
     tuned = tiny.finetuned(base)
     single = tiny.save(tmp_path / "base", base), tiny.save(tmp_path / "tuned", tuned)
     sharded = tiny.save(tmp_path / "base3", base, shards=3), tiny.save(tmp_path / "tuned4", tuned, shards=4)
-    pickled = []
+    pickled: list[Path] = []
     for name, tensors in (("base.bin", base), ("tuned.bin", tuned)):
         (tmp_path / name).mkdir()
         torch.save(tensors, tmp_path / name / "pytorch_model.bin")
         (tmp_path / name / "config.json").write_text(json.dumps(tiny.CONFIG))
         pickled.append(tmp_path / name)
-    memory = [lr.Checkpoint.from_tensors(tensors, config=tiny.CONFIG) for tensors in (base, tuned)]
+    memory = [in_memory(tensors) for tensors in (base, tuned)]
     written = []
-    for i, sides in enumerate((single, sharded, pickled, memory, (single[0], sharded[1]))):
-        lr.extract(*sides, tmp_path / str(i), rank=4)
+    for i, (old, new) in enumerate((single, sharded, pickled, memory, (single[0], sharded[1]))):
+        lr.extract(old, new, tmp_path / str(i), rank=4)
         written.append((tmp_path / str(i) / ADAPTER).read_bytes())
     assert written == [written[0]] * len(written)
 
