@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import compress as benchmark
 import peft
 import pytest
 import torch
@@ -359,6 +360,14 @@ def test_more_rank_than_a_server_has(tmp_path):
         lr.compress(adapter, target="vllm")
 
 
+def test_the_peers_of_the_benchmark_reach_the_optimum():
+    adapter = benchmark.make_adapter(24, 40, 1, 8)
+    for row in benchmark.per_module(adapter, 3, 1, 1):
+        assert all(abs(row[f"{name} excess"]) < 1e-6 for name in ("lrmerge", "PEFT", "kohya"))
+    delta = adapter.weights["model.layers.0.mlp.down_proj.weight"].delta
+    assert benchmark.excess(delta, *benchmark.by_peft(delta.B, delta.A, 2), 3) > 0.01
+
+
 # --- bad input
 
 
@@ -372,6 +381,17 @@ def damaged(source: Path, change) -> Path:
 
 def first(tensors: dict, part: str) -> str:
     return next(key for key in tensors if part in key)
+
+
+def test_an_adapter_without_factors(tmp_path):
+    source = damaged(trained(tmp_path / "s", modules_to_save=["lm_head"]), only_saved)
+    with pytest.raises(UsageError, match="holds no low-rank factors"):
+        lr.compress(source, rank=2, include=["q_proj"])
+
+
+def only_saved(tensors: dict) -> None:
+    for key in [key for key in tensors if "lora_" in key]:
+        del tensors[key]
 
 
 def test_nan_is_named(tmp_path):

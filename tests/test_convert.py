@@ -111,6 +111,10 @@ def unet_lora(tmp_path: Path, model, **options) -> Path:
 # --- dialects
 
 
+def pair_of(module: str) -> dict[str, torch.Tensor]:
+    return {f"{module}.lora_down.weight": torch.ones(2, 4), f"{module}.lora_up.weight": torch.ones(5, 2)}
+
+
 def test_every_dialect_and_back(tmp_path, unet):
     model, folder = unet
     source = unet_lora(tmp_path, model)
@@ -211,6 +215,21 @@ def test_differences_in_full_become_factors_where_there_is_no_room_for_them(tmp_
     for name, part in (("weight", "diff"), ("bias", "diff_b")):
         wanted = model.state_dict()[f"down_blocks.0.resnets.0.conv1.{name}"] + tensors[f"lora_unet_{path}.{part}"]
         assert torch.allclose(after[f"down_blocks.0.resnets.0.conv1.{name}"], wanted, atol=1e-4)
+
+
+def test_names_of_a_model_s_own_code_go_to_comfy_and_back(tmp_path):
+    tensors = pair_of("lora_unet_double_blocks_0_img_attn_qkv")
+    tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "k.safetensors")
+    lr.convert(tmp_path / "k.safetensors", tmp_path / "c.safetensors", to="comfy")
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in load_file(tmp_path / "c.safetensors")
+    lr.convert(tmp_path / "c.safetensors", tmp_path / "back.safetensors", to="kohya")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    with pytest.raises(UsageError, match="named as in the model's original code"):
+        lr.convert(tmp_path / "k.safetensors", tmp_path / "d.safetensors", to="diffusers")
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 # --- PEFT's types
@@ -367,10 +386,6 @@ def run(*arguments: object, monkeypatch, capsys) -> tuple[int, str, str]:
         code = int(stop.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def pair_of(module: str) -> dict[str, torch.Tensor]:
-    return {f"{module}.lora_down.weight": torch.ones(2, 4), f"{module}.lora_up.weight": torch.ones(5, 2)}
 
 
 @pytest.mark.parametrize(

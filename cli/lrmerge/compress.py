@@ -229,6 +229,6 @@ def _show_plan(plan: CompressPlan, *, verbose: bool) -> None:
     out.print(
         f"{len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers: "
         f"{size(cost.read)} to read, {cost.flops / 1e9:.2f} GFLOP, peak memory "
-        f"{size(plan.resources.memory - plan.resources.working + plan.schedule.peak)}; written as {plan.to}",
+        f"{size(plan.peak)}; written as {plan.to}",
         soft_wrap=True,
     )

@@ -94,7 +94,7 @@ def assemble(plan: CompressPlan, done: dict[str, Squeezed]) -> tuple[Adapter, Ad
     source = plan.source.adapter
     squeezed = {step.name: _weight(step, done, ranks[step.name]) for step in plan.steps}
     weights = {name: weight for name, weight in squeezed.items() if weight is not None}
-    if plan.steps and not weights and not source.saved:
+    if not weights and not source.saved:
         raise UsageError("nothing of the adapter is left: the budget does not buy a single direction; give more")
     notes = [str(note) for note in source.config.get("notes", ())]
     if any(weight.magnitude is not None for weight in weights.values()):

@@ -57,6 +57,12 @@ class Step:
         return self.matrices * sum(self.weight.delta.shape[-2:])
 
     @property
+    def bound(self) -> int:
+        """The most rank that is kept of it."""
+        rank = self.weight.delta.rank
+        return rank if self.rule is None or self.rule.count is None else min(rank, self.rule.count)
+
+    @property
     def needed(self) -> int:
         """The least rank: a weight with a bias or a DoRA magnitude keeps its place even where its delta is zero."""
         return 1 if self.weight.bias is not None or self.weight.magnitude is not None else 0
@@ -89,6 +95,12 @@ class CompressPlan:
         """What one unit of rank of a module takes from the budget."""
         return step.per_rank * (step.dtype.itemsize if self.in_bytes else 1)
 
+    @property
+    def peak(self) -> int:
+        """Bytes that the process may hold at most: batches in flight, and the results until they are written."""
+        results = sum(step.per_rank * step.bound * step.dtype.itemsize for step in self.steps if step.rule is not None)
+        return self.resources.memory - self.resources.working + self.schedule.peak + results
+
     def to_json(self) -> dict[str, Any]:
         """The plan, ready for JSON."""
         cost = self.schedule.cost
@@ -102,7 +114,7 @@ class CompressPlan:
             "batches": len(self.schedule.batches),
             "read_bytes": cost.read,
             "flops": cost.flops,
-            "peak_bytes": self.resources.memory - self.resources.working + self.schedule.peak,
+            "peak_bytes": self.peak,
             "modules": [
                 {
                     "name": step.name,
@@ -151,6 +163,8 @@ def plan_compress(
     source = open_source(adapter, opened)
     if source.variant is not None:
         raise UsageError(f"{source.ref}: is no LoRA yet; make it one with lrmerge convert --to peft, then compress it")
+    if not source.adapter.weights:
+        raise UsageError(f"{source.ref}: holds no low-rank factors, so there is nothing to compress")
     refuse_residual(source.adapter.config, source.ref)
     to = _destination(source.dialect, to, target)
     named_for(source.adapter, source.dialect, to, component)  # refuses now what would be refused at the end
@@ -253,7 +267,7 @@ def _node(step: Step, position: int, matrix: int) -> Node:
     A, B = (factor[matrix] if factor.ndim == 3 else factor for factor in (delta.A, delta.B))
     (r, columns), rows = A.shape, B.shape[0]
     size = (rows + columns) * r
-    kept = r if step.rule is None or step.rule.count is None else min(r, step.rule.count)
+    kept = step.bound
     # Factors as stored and in float32, one of them in float64, and the result.
     memory = size * (A.element_size() + 4 + 8) + (rows + columns) * kept * 4 + 6 * 8 * r * r
     cost = Cost(size * A.element_size(), memory, 2.0 * size * (r + kept) + 30.0 * r**3)
@@ -285,8 +299,7 @@ def _budget(adapter: Adapter, steps: Sequence[Step], size: str | int | None, max
         beside = [tensor for tensor in (step.weight.bias, step.weight.magnitude) if tensor is not None]
         spent += sum(tensor.nbytes if size is not None else tensor.numel() for tensor in beside)
         if step.rule is None or step.rule.count is not None:
-            rank = step.weight.delta.rank if step.rule is None else step.rule.count or 0
-            spent += rank * step.per_rank * (step.dtype.itemsize if size is not None else 1)
+            spent += step.bound * step.per_rank * (step.dtype.itemsize if size is not None else 1)
     if spent >= limit:
         option, unit = ("--size", "bytes") if size is not None else ("--max-params", "numbers")
         raise UsageError(f"{option} {size or max_params}: what is not compressed takes {spent} {unit} alone; give more")
