@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mergekit_lr.checkpoint.architecture import from_transformers
 from mergekit_lr.checkpoint.layout import parameters
+from mergekit_lr.checkpoint.layout_kind import kind_of
 from mergekit_lr.checkpoint.layout_use import bypassed
 from mergekit_lr.checkpoint.parameter import Block, Kind
 
@@ -240,3 +241,59 @@ def test_modules_read_past_their_forward_are_found():
     assert set(found) == {"0.taken", "0.strided", "0.inner.deep"}
     assert found["0.taken"] == "Reader reads taken.weight itself"
     assert found["0.strided"] == "Reader reads strided.stride itself"
+
+
+class Scaled(nn.Embedding):
+    def __init__(self, scale):
+        super().__init__(4, 3)
+        self.embed_scale = scale
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 1)
+
+
+class Same(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Scored(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class Stack(nn.Module):
+    def __init__(self, **attributes):
+        super().__init__()
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("owner", "leaf", "shape", "kind", "carrier"),
+    [
+        (Same(3, 4), "weight", (4, 3), Kind.LINEAR, "module"),
+        (Scored(3, 4), "weight", (4, 3), Kind.LINEAR, ""),
+        (Scaled(2.0), "weight", (4, 3), Kind.EMBEDDING, "module"),
+        (Scaled(torch.tensor(2.0)), "weight", (4, 3), Kind.EMBEDDING, ""),
+        (Scaled(nn.Buffer(torch.tensor(2.0, device="meta"))), "weight", (4, 3), Kind.EMBEDDING, "module"),
+        (Scaled(nn.Buffer(torch.ones(3))), "weight", (4, 3), Kind.EMBEDDING, ""),
+        (Shifted(4, 3), "weight", (4, 3), Kind.EMBEDDING, ""),
+        (nn.Conv2d(4, 4, 3), "weight", (4, 4, 3, 3), Kind.CONVOLUTION, "module"),
+        (nn.Conv2d(4, 4, 3, dilation=2), "weight", (4, 4, 3, 3), Kind.CONVOLUTION, ""),
+        (nn.Conv2d(4, 4, 3, groups=2), "weight", (4, 2, 3, 3), Kind.CONVOLUTION, ""),
+        (nn.ConvTranspose2d(4, 4, 3), "weight", (4, 4, 3, 3), Kind.OTHER, ""),
+        (Stack(num_experts=2), "up", (2, 4, 3), Kind.EXPERTS, "parameter"),
+        (Stack(num_experts=2, is_transposed=True), "up", (2, 4, 3), Kind.EXPERTS_TRANSPOSED, "parameter"),
+        (Stack(), "cls_token", (1, 1, 3), Kind.OTHER, ""),
+        (nn.LayerNorm(3), "weight", (3,), Kind.VECTOR, ""),
+    ],
+)
+def test_kinds_come_from_the_module_and_carriers_from_what_it_does(owner, leaf, shape, kind, carrier):
+    found = kind_of(owner, leaf, shape)
+    assert (found.kind, found.carrier) == (kind, carrier)
+    assert bool(found.obstacle) == (not carrier and kind not in (Kind.OTHER, Kind.VECTOR))

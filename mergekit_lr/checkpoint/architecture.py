@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mergekit_lr.checkpoint.layout_conversion import Shapes, Sources, follow, operations, whole
+from mergekit_lr.checkpoint.layout_kind import kind_of
 from mergekit_lr.checkpoint.layout_use import bypassed
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
 
@@ -155,7 +156,7 @@ def _fields(
             missing.append(name)
             continue
         module, _, leaf = name.rpartition(".")
-        kind, carrier, obstacle = _kind(owners[module], leaf, tuple(tensor.shape))
+        kind, carrier, obstacle = kind_of(owners[module], leaf, tuple(tensor.shape))
         if carrier == "module" and module.rpartition(".")[2] in fused:
             carrier = "parameter"
         if carrier and module in misses:
@@ -188,37 +189,3 @@ def _tie_groups(model: nn.Module, ties: dict[str, str]) -> dict[str, tuple[str, 
         shared[id(tensor)].add(name)
     names = [*groups.values(), *(names for names in shared.values() if len(names) > 1)]
     return {name: tuple(sorted(group - {name})) for group in names for name in group}
-
-
-def _kind(owner: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, str, str]:
-    """Kind, carrier and obstacle of the parameter ``leaf`` of a module, by the module's class."""
-    if len(shape) < 2:
-        return Kind.VECTOR, "", ""
-    if leaf == "weight":
-        match owner:
-            case nn.Linear():
-                return Kind.LINEAR, *_if(
-                    _forward_of(owner, nn.Linear), "module", "a linear layer with a forward of its own"
-                )
-            case nn.Embedding():
-                plain = _forward_of(owner, nn.Embedding) or hasattr(owner, "embed_scale")
-                return Kind.EMBEDDING, *_if(plain, "module", "a table with a forward of its own")
-            case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-                # PEFT copies kernel, stride and padding, and nothing else.
-                plain = owner.groups == 1 and set(owner.dilation) == {1} and owner.padding_mode == "zeros"
-                plain = plain and type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-                return Kind.CONVOLUTION, *_if(plain, "module", "a convolution in groups or with dilation")
-        if type(owner).__name__ == "Conv1D" and type(owner).__module__.startswith("transformers"):
-            return Kind.TRANSPOSED, "module", ""
-    if len(shape) == 3 and getattr(owner, "num_experts", None) == shape[0]:
-        transposed = getattr(owner, "is_transposed", False)
-        return Kind.EXPERTS_TRANSPOSED if transposed else Kind.EXPERTS, "parameter", ""
-    return Kind.OTHER, "", ""
-
-
-def _if(plain: bool, carrier: str, obstacle: str) -> tuple[str, str]:
-    return (carrier, "") if plain else ("", obstacle)
-
-
-def _forward_of(owner: nn.Module, kind: type[nn.Module]) -> bool:
-    return type(owner).forward is kind.forward

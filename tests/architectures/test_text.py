@@ -50,6 +50,12 @@ def gpt2():
     return T.GPT2LMHeadModel(settings), {"input_ids": IDS}
 
 
+def falcon():
+    """Its linear layers are a class of their own with a forward of their own, which does the same."""
+    settings = T.FalconConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, **NO_TOKENS)
+    return T.FalconForCausalLM(settings), {"input_ids": IDS}
+
+
 def opt():
     settings = T.OPTConfig(
         hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
@@ -121,8 +127,8 @@ FULL = {
     mamba2: {"conv1d": "groups", "out_proj": "reads"},
 }
 MODELS = [
-    llama, qwen2_tied, qwen3_tied, gemma3, phi3, neox, gpt2, opt, t5, bart, bert, bert_head, deberta, nomic, jamba, mamba,
-    mamba2,
+    llama, qwen2_tied, qwen3_tied, gemma3, phi3, neox, gpt2, falcon, opt, t5, bart, bert, bert_head, deberta, nomic,
+    jamba, mamba, mamba2,
 ]  # fmt: skip
 
 
