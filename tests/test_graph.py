@@ -75,7 +75,7 @@ def test_what_is_left_keeps_its_batches():
 def test_no_nodes_are_a_schedule_too():
     steps: list[Progress] = []
     empty = schedule([], budget=1, workers=2)
-    run(empty, read=lambda b: 1 / 0, compute=lambda b, x: 1 / 0, write=lambda b, x: 1 / 0, progress=steps.append)
+    run(empty, read=lambda b: 1 / 0, compute=lambda b, x: 1 / 0, write=lambda b, x: None, progress=steps.append)
     assert steps == [Progress(0, 0, "")]
 
 

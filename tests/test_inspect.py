@@ -74,7 +74,8 @@ def test_on_the_command_line(base, adapter, place):
     assert printed == json.loads(json.dumps(view.to_json()))
     shown = lrmerge("inspect", folder, "-v")
     assert shown.code == 0
-    assert all(name.removesuffix(".weight") in shown.out for name in tiny.decoder())
+    held = set(tiny.decoder()) if place == "base" else tiny.factors(adapter).keys() | tiny.saved(adapter).keys()
+    assert all(name.removesuffix(".weight") in shown.out for name in held)
     only = json.loads(lrmerge("inspect", folder, "--json", "--match", "down_proj").out)
     named = only["entries"] if place == "base" else only["modules"]
     assert [entry["name"] for entry in named] == [DOWN, DOWN.replace("0", "1")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,7 +105,6 @@ def factors(folder: Path) -> dict[str, Tensor]:
 
 def _scaling(config: dict, module: str, rank: int) -> float:
     """alpha / r of a module whose rank must be the one that the configuration says."""
-    import re
 
     def own(pattern: str, default: float) -> float:
         return next((v for key, v in config[pattern].items() if re.match(rf"(.*\.)?({key})$", module)), default)
@@ -132,7 +133,8 @@ def lrmerge(*arguments: object) -> Outcome:
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["lrmerge", *map(str, arguments)]
-    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    wide = patch.dict(os.environ, {"COLUMNS": "200"})
+    with wide, patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
         except SystemExit as end:
@@ -158,8 +160,6 @@ def refused(*arguments: object, code: int, words: tuple[str, ...] = (), out: Pat
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
     """Do file work without the privileges of root, where the tests run as root."""
-    import os
-
     if os.geteuid() != 0:
         yield
         return

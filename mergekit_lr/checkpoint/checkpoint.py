@@ -77,8 +77,6 @@ class Checkpoint:
             memory |= held
         if not tensors:
             raise FormatError(f"{ref}: holds no tensors")
-        if any(mark in name for name in tensors for mark in ADAPTER_MARKS):
-            raise MismatchError(f"{ref}: is an adapter, not a checkpoint; give the whole model")
         return cls._assembled(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
 
     @classmethod
@@ -90,6 +88,8 @@ class Checkpoint:
 
     @classmethod
     def _assembled(cls, ref, folder, tensors, config, metadata, memory) -> Checkpoint:
+        if any(mark in name for name in tensors for mark in ADAPTER_MARKS):
+            raise MismatchError(f"{ref}: is an adapter, not a checkpoint; give the whole model")
         scales = find_scales(tensors)
         for scale in scales.values():
             tensors.pop(scale.name, None)  # part of the weight that it scales, no tensor of its own
