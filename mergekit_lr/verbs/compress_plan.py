@@ -21,6 +21,7 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
+from mergekit_lr.verbs.compress_rule import check_patterns, rule_of, treatment
 from mergekit_lr.verbs.convert_read import Base, Source, open_base, open_source, refuse_residual
 from mergekit_lr.verbs.convert_write import DIALECTS
 from mergekit_lr.verbs.extract_plan import DTYPES
@@ -155,7 +156,7 @@ def plan_compress(
     options = {key: value for key, value in locals().items() if key not in ("adapter", "base")}
     options |= {"dtype": str(dtype).removeprefix("torch.") if dtype else None, "base": str(base) if base else None}
     pattern = dict(rank_pattern or {})
-    rule = _rule(rank, energy, error, size, max_params, max_rank, multiple_of, pattern, target)
+    rule = rule_of(rank, energy, error, size, max_params, max_rank, multiple_of, pattern, target)
     stored = None if dtype is None else DTYPES.get(str(dtype).removeprefix("torch."))
     if dtype is not None and stored is None:
         raise UsageError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
@@ -177,37 +178,6 @@ def plan_compress(
         source, opened, to, target, component, steps, batches, available, budget, size is not None, max_rank,
         multiple_of, options,
     )  # fmt: skip
-
-
-def _rule(rank, energy, error, size, max_params, max_rank, multiple_of, pattern, target) -> RankRule | None:
-    """The rule for all modules; None where only a pattern or a target was asked for."""
-    if rank == "auto":
-        raise UsageError(
-            "--rank auto: an adapter holds no rounding noise of weights to stop at, so there is nothing to choose by; "
-            "give --rank N, --energy F or --error F (0: the ranks that are really there)"
-        )
-    given = {"--rank": rank, "--energy": energy, "--error": error, "--size": size, "--max-params": max_params}
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise UsageError(f"{named[0]} and {named[1]} both choose the rank; give one")
-    for option, count in (("--rank", rank), ("--max-rank", max_rank), ("--max-params", max_params)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise UsageError(f"{option} {count}: a number from 1")
-    if any(count < 1 for count in pattern.values()):
-        raise UsageError("--rank-pattern: ranks start at 1; use --exclude to leave a module as it is")
-    if not named and max_rank is None:
-        if not pattern and target is None:
-            raise UsageError("how far to compress? give --rank N, --energy F, --error F, --size SIZE or --max-params N")
-        return None
-    try:
-        limits = {"multiple_of": multiple_of, "max_rank": max_rank}
-        if rank is not None:
-            return RankRule(count=rank, **limits)
-        # A budget buys from all the directions that are there.
-        lossless = energy is None and error is None
-        return RankRule(energy=energy, error=0.0 if lossless else error, **limits)
-    except ValueError as problem:
-        raise UsageError(str(problem)) from None
 
 
 def _destination(dialect: str, to: str | None, target: str | None) -> str:
@@ -233,33 +203,16 @@ def _steps(
 ) -> tuple[Step, ...]:
     names = list(weights)
     for option, patterns in (("--include", include), ("--exclude", exclude), ("--rank-pattern", list(pattern))):
-        _check_patterns(option, patterns, names)
+        check_patterns(option, patterns, names)
     steps = []
     for index, (name, weight) in enumerate(weights.items()):
         own = next((RankRule(count=n, multiple_of=multiple_of) for p, n in pattern.items() if re.search(p, name)), rule)
-        own, reason = _treat(name, weight, own, include, exclude)
+        own, reason = treatment(name, weight, own, include, exclude)
         dtype = stored or torch.promote_types(weight.delta.A.dtype, weight.delta.B.dtype)
         step = Step(name, weight, own, reason, dtype)
         nodes = tuple(_node(step, index, matrix) for matrix in range(step.matrices))
         steps.append(replace(step, nodes=nodes))
     return tuple(steps)
-
-
-def _treat(
-    name: str, weight: AdaptedWeight, rule: RankRule | None, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[RankRule | None, str]:
-    """The rule of a module, or None and why it stays as it is."""
-    for excluded in exclude:
-        if re.search(excluded, name):
-            return None, f"--exclude {excluded}"
-    if include and not any(re.search(wanted, name) for wanted in include):
-        return None, "not in --include"
-    if rule is None:
-        return None, "no rank was asked for"
-    have = weight.delta.rank
-    if rule.count is not None and (wanted := rule.choose([], 1.0, have)) is not None and wanted >= have:
-        return None, f"has rank {have} already"
-    return rule, ""
 
 
 def _node(step: Step, position: int, matrix: int) -> Node:
@@ -275,16 +228,6 @@ def _node(step: Step, position: int, matrix: int) -> Node:
     signature = (tuple(A.shape), tuple(B.shape), A.dtype, B.dtype, step.rule, step.dtype)
     task = Task((A, B), delta.scaling, step.rule, step.dtype)
     return Node(name, signature, ("", position), cost, task)
-
-
-def _check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        try:
-            found = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise UsageError(f"{option} {pattern!r} is no regular expression: {error}") from None
-        if not found:
-            raise UsageError(f"{option} {pattern!r} matches no module; their names look like {names[0]}")
 
 
 def _budget(adapter: Adapter, steps: Sequence[Step], size: str | int | None, max_params: int | None) -> int | None:
