@@ -2,7 +2,7 @@
 
 For D (b, m, n), a basis U (b, m, l) with orthonormal columns and its image W = D^T U (b, n, l) give the best
 approximation of any rank inside the basis from the small Gram W^T W. One cycle reads D twice and adds a block
-of w columns (V_1 is Gaussian, and so are a few columns of every V_j):
+of w columns (V_1 is Gaussian, and every V_j has a few fresh Gaussian columns more):
 
     Y = D V_j,   U_{j+1} = orth(Y - U U^T Y),   W_{j+1} = D^T U_{j+1},   V_{j+1} = W_{j+1} rotated and scaled
 
@@ -20,8 +20,8 @@ from typing import NamedTuple
 from lrgpu import backend
 from lrgpu.backend import Array
 
-# One column in so many of each block is fresh: a Krylov space alone finds no more vectors of one repeated
-# singular value than a block has columns, and cannot know that there are others.
+# A block gets one more column, a fresh one, for so many that it has: a Krylov space alone finds no more vectors
+# of one repeated singular value than a block has columns, and cannot know that there are others.
 _FRESH_SHARE = 32
 _LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
 
@@ -50,7 +50,7 @@ class Krylov:
         self.W = library.empty((batch, columns, 0), library.xp.float64, D)
         self.gram = library.empty((batch, 0, 0), library.xp.float64, D)
         self.ritz = library.empty((batch, 0), library.xp.float64, D)
-        self.previous_ritz = [self.ritz, self.ritz]  # of the last cycle, and of the one before
+        self.previous_ritz = [self.ritz] * 3  # of the three cycles before
         self.passes = passes
         self.seeds = seeds
         self.cycles = 0
@@ -79,11 +79,11 @@ class Krylov:
         self.gram = xp.concatenate((top, columns.swapaxes(-1, -2)), -2)
         self.cycles += 1
         self.block = self._next_block(image, columns[:, old:])
-        self.previous_ritz = [self.ritz, self.previous_ritz[0]]
+        self.previous_ritz = [self.ritz, *self.previous_ritz[:2]]
         self.ritz = xp.clip(xp.flip(xp.linalg.eigvalsh(self.gram), (-1,)), 0, None)
 
     def _next_block(self, image: Array, gram: Array) -> Array:
-        """``image`` (b, n, w) with orthonormal columns; the least, and those that are null, drawn afresh."""
+        """``image`` (b, n, w) with orthonormal columns, those that are null drawn afresh, and a few more."""
         library = backend.of(image)
         xp = library.xp
         rows, width = image.shape[-2:]
@@ -93,31 +93,38 @@ class Krylov:
         self.doubtful = exhausted & ~self.refilled
         self.refilled = exhausted
 
-        present[:, : max(1, width // _FRESH_SHARE)] = False
-        few = width if bool(exhausted.any()) else max(1, width // _FRESH_SHARE)
-        seeds = [(seed + self.cycles * 0x9E3779B97F4A7C15) % 2**63 for seed in self.seeds]
-        fresh = backend.normal(seeds, rows, width, image, xp.float64)[..., :few] * rows**-0.5
         vectors = vectors * xp.where(present, squares, xp.inf)[:, None, :] ** -0.5
+        few = max(1, width // _FRESH_SHARE)
+        drawn = few + (width if bool(exhausted.any()) else 0)
+        seeds = [(seed + self.cycles * 0x9E3779B97F4A7C15) % 2**63 for seed in self.seeds]
+        fresh = backend.normal(seeds, rows, drawn, image, xp.float64) * rows**-0.5
         block = image @ vectors
-        block[..., :few] += fresh * ~present[:, None, :few]
+        if drawn > few:
+            block = block + fresh[..., few:] * ~present[:, None, :]
+        block = xp.concatenate((block, fresh[..., :few]), -1)
         return library.cast(block / self.unit, self.D.dtype)
 
     def outlook(self, rank: int) -> tuple[Array, Array]:
         """(energy that more cycles could still win for the first ``rank``, energy that they leave now), (b,).
 
-        Gains end up falling by a constant factor rho per cycle or faster, so a gain g announces about
-        g rho / (1 - rho) more. Three quarters are added for safety, and rho counts as at least 1/2: it
-        looks too small while dominant directions still converge in front of a flat tail. On a plateau large
-        and small gains take turns, so g alone is not believed either: the mean of the last two counts.
+        Gains g end up falling by a constant factor rho per cycle or faster, so about g rho / (1 - rho) is to
+        come; twice that is assumed. Two alike ratios in a row are believed, down to 1/4. Else rho
+        counts as at least 1/2 and what is to come as at least the mean of the last two gains: rho looks too
+        small while dominant directions converge in front of a flat tail, and on a plateau large and small
+        gains take turns.
         """
         xp = backend.of(self.D).xp
-        gain = self._gain(self.ritz, self.previous_ritz[0], rank)
-        before = self._gain(self.previous_ritz[0], self.previous_ritz[1], rank)
-        rho = xp.clip(gain / xp.clip(before, 1e-300, None), 0.5, 0.95)
+        ritz = [self.ritz, *self.previous_ritz]
+        last, middle, first = (self._gain(ritz[i], ritz[i + 1], rank) for i in range(3))
+        rho, rho_before = last / xp.clip(middle, 1e-300, None), middle / xp.clip(first, 1e-300, None)
+        greater = xp.maximum(rho, rho_before)
+        steady = (greater <= 4 * xp.minimum(rho, rho_before)) & (self.cycles > 3)  # the first gain is all
+        rho = xp.where(steady, xp.clip(greater, 0.25, 0.95), xp.clip(rho, 0.5, 0.95))
+        to_come = 2 * last * rho / (1 - rho)
+        to_come = xp.where(steady, to_come, xp.maximum(to_come, xp.sqrt(last * middle)))
         left = self.squared_norm - self.ritz[:, :rank].sum(-1)
         # Where that is mostly rounding, the Ritz values left out are a safe lower bound of it.
         left = xp.where(left > 1e-5 * self.squared_norm, left, self.ritz[:, rank:].sum(-1))
-        to_come = xp.maximum(1.75 * gain * rho / (1 - rho), xp.sqrt(gain * before))
         return xp.where(self.doubtful, left, to_come), left
 
     def _gain(self, now: Array, before: Array, rank: int) -> Array:

@@ -9,7 +9,7 @@ is below 1 % after reading D with 192 to 320 columns in all; subspace iteration 
 needs 480 to 576. Wider blocks need as many columns, and overshoot by more. To be certain of it for every
 spectrum, plateaus and repeated values too, costs one or two cycles more than a lucky guess would.
 
-Cost O(m n k) and 8 to 12 passes over D with a block of k/2 columns at the default tolerance.
+Cost O(m n k) and 6 to 12 passes over D with a block of k/2 columns at the default tolerance.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TruncatedSVD(NamedTuple):
     """U diag(S) Vh with k terms, and what is known about its error.
 
     U (..., m, k), S (..., k) descending (where it is above rounding of S[0]), Vh (..., k, n), in the dtype of
-    the matrix; vectors that belong to a zero singular value may be zero. squared_norm = ||D||^2, residual = ||D - U S Vh|| and excess = estimate of
-    residual / (best residual at rank k) - 1 (0 where exact) are float64 arrays of the leading shape (...), 0-d
-    for a single matrix. passes: how often D was read.
+    the matrix; vectors that belong to a zero singular value may be zero. squared_norm = ||D||^2, residual =
+    ||D - U S Vh|| and excess = estimate of residual / (best residual at rank k) - 1 (0 where exact) are float64
+    arrays of the leading shape (...), 0-d for a single matrix. passes: how often D was read.
     """
 
     U: Array
