@@ -1,4 +1,4 @@
-"""What applying adapters to a base did, per parameter and in total, and the card that says so."""
+"""What applying adapters to a base did, per parameter and in total."""
 
 from __future__ import annotations
 
@@ -6,35 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 # From here on rounding swallows so much of a change that the user should know.
 SWALLOWED = 0.25
-
-BODY = """---
-{metadata}
----
-
-# {title}
-
-`{base}` with {adapters}, {done} by [lrmerge](https://pypi.org/project/lrmerge/).
-
-| adapter | weight |
-|---|---|
-{table}
-
-| | |
-|---|---|
-| changed parameters | {changed} |
-| norm of the whole change | {norm:.4g} |
-| rounding error over the change | {error:.2%} ({rounding} to {dtype}) |
-
-Every other tensor is the base's, byte for byte{converted}. Per-parameter figures are in `lrmerge.json`.
-"""
 
 
 @dataclass(frozen=True)
@@ -131,29 +108,6 @@ def rounding_notes(changed: Sequence[AppliedFigures], dtype: str, rounding: str)
         f"rounding to {dtype} spoils the change of {len(bad)} of {len(changed)} parameters: {bad[0].name} is off by "
         f"{bad[0].rounding_error:.0%} of its change; {cure}"
     ]
-
-
-def application_card(report: ApplyReport) -> ModelCard:
-    """The card of a model with adapters baked in."""
-    data = ModelCardData(base_model=report.base, tags=["lrmerge", "merge"])
-    data["base_model_relation"] = "merge"
-    count = len(report.adapters)
-    return ModelCard(
-        BODY.format(
-            metadata=data.to_yaml().strip(),
-            title=Path(report.out).name if report.out else "Model with adapters",
-            base=report.base,
-            adapters="an adapter" if count == 1 else f"{count} adapters",
-            done="taken out" if report.unmerge else "baked in",
-            table="\n".join(f"| `{ref}` | {weight:g} |" for ref, weight, _ in report.adapters),
-            changed=len(report.changed),
-            norm=report.norm,
-            error=report.rounding_error,
-            rounding=report.rounding,
-            dtype=report.dtype,
-            converted=f" but for {report.states['converted']} in another dtype" if "converted" in report.states else "",
-        )
-    )
 
 
 def _ratio(part: float, whole: float) -> float:

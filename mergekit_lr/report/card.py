@@ -1,72 +1,24 @@
-"""The model card: a README that says what the result is, what it lost, and how to load it."""
+"""Model cards: a README with the metadata that the Hub reads, and a text that says what the result is.
+
+Each kind of result has its own text, in a file of its own beside this one.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from mergekit_lr.report.extraction import ExtractReport
-
-BODY = """---
-{metadata}
----
-
-# {title}
-
-A LoRA extracted from the full fine-tune `{finetuned}` of `{base}` with
-[lrmerge](https://pypi.org/project/lrmerge/): the truncated SVD of every weight's change (PHLoRA, arXiv 2509.10971).
-
-| | |
-|---|---|
-| modules | {modules} |
-| total rank | {rank} |
-| size | {size:.1f} MB, {share:.2%} of the fine-tune |
-| energy kept | {energy:.2%} of the squared norm of the whole change |
-| relative Frobenius error | {error:.4f} |
-| worst module | {worst} |
-
-{left_out}
-## Load it
-
-```python
-from peft import PeftModel
-from transformers import {loader}
-
-base = {loader}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH_OR_NAME_OF_THIS_ADAPTER")
-```
-
-Per-module figures are in `lrmerge.json`.
-"""
+from mergekit_lr.errors import printable
 
 
-def extraction_card(report: ExtractReport, architecture: str) -> ModelCard:
-    """The card of an extracted adapter. ``architecture`` is the class that the base's config names."""
-    data = ModelCardData(
-        base_model=report.base,
-        library_name="peft",
-        tags=["lora", "lrmerge", "phlora"],
-    )
-    data["base_model_relation"] = "adapter"
-    worst = report.worst
-    left_out = [other for other in report.others if other.state == "left out" and other.squared_norm > 0]
-    share = sum(other.squared_norm for other in left_out) / report.changed if report.changed else 0.0
-    named = ", ".join(f"`{other.name}`" for other in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
-    return ModelCard(
-        BODY.format(
-            metadata=data.to_yaml().strip(),
-            title=Path(report.out).name if report.out else "Extracted LoRA",
-            base=report.base,
-            finetuned=report.finetuned,
-            modules=len(report.modules),
-            rank=report.total_rank,
-            size=report.adapter_bytes / 1e6,
-            share=report.adapter_bytes / max(report.finetuned_bytes, 1),
-            energy=report.energy,
-            error=report.error,
-            worst=f"`{worst.name}`, error {worst.error:.4f} at rank {worst.rank}" if worst else "none",
-            left_out=f"Left out, {share:.2%} of the change: {named}.\n" if left_out else "",
-            loader=architecture,
-        )
-    )
+def write_card(folder: Path, body: str, **metadata: Any) -> None:
+    """Write ``README.md``: ``metadata`` (``base_model``, ``tags`` ...) as the Hub's ModelCardData, then ``body``.
+
+    Names from files stand in the body; control characters in them are escaped.
+    """
+    # Imported here: half a second that a run should not wait for before its first byte.
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(**{key: value for key, value in metadata.items() if value is not None})
+    text = "\n".join(printable(line) for line in body.splitlines())
+    ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n{text}\n").save(folder / "README.md")

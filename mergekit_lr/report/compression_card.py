@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-
+from mergekit_lr.report.card import write_card
 from mergekit_lr.report.compression import AdapterReport
 
-BODY = """---
-{metadata}
----
-
-# {title}
+BODY = """# {title}
 
 {what} with [lrmerge](https://pypi.org/project/lrmerge/).
 
@@ -47,11 +42,8 @@ llm.generate(prompts, lora_request=LoRARequest("adapter", 1, "PATH_OF_THIS_ADAPT
 }
 
 
-def adapter_card(report: AdapterReport) -> ModelCard:
-    """The card of a PEFT folder: what it came from, what it lost, how to load it."""
-    data = ModelCardData(base_model=report.base, library_name="peft", tags=["lora", "lrmerge", report.verb])
-    if report.base:
-        data["base_model_relation"] = "adapter"
+def write_adapter_card(report: AdapterReport, folder: Path) -> None:
+    """Write the card of a PEFT folder: what it came from, what it lost, how to load it."""
     source = f"`{Path(report.source).name}`"
     what = {
         "compress": f"The LoRA {source} compressed to lower ranks (LoRA-Squeeze, arXiv 2602.10993)",
@@ -60,20 +52,20 @@ def adapter_card(report: AdapterReport) -> ModelCard:
     rank = max((m.rank for m in report.modules), default=0)
     load = LOAD.get(report.target, LOAD[None]).format(base=report.base or "BASE", rank=rank)
     worst = report.worst
-    return ModelCard(
-        BODY.format(
-            metadata=data.to_yaml().strip(),
-            title=Path(report.out).name if report.out else "Adapter",
-            what=what,
-            modules=len(report.modules),
-            before=report.rank_before,
-            after=report.total_rank,
-            size_before=report.bytes_before / 1e6,
-            size_after=report.bytes_after / 1e6,
-            energy=report.energy,
-            error=report.error,
-            worst=f"`{worst.name}`, error {worst.error:.4f} at rank {worst.rank}" if worst else "none",
-            notes="".join(f"- {note}\n" for note in report.notes),
-            load=load,
-        )
+    body = BODY.format(
+        title=Path(report.out).name if report.out else "Adapter",
+        what=what,
+        modules=len(report.modules),
+        before=report.rank_before,
+        after=report.total_rank,
+        size_before=report.bytes_before / 1e6,
+        size_after=report.bytes_after / 1e6,
+        energy=report.energy,
+        error=report.error,
+        worst=f"`{worst.name}`, error {worst.error:.4f} at rank {worst.rank}" if worst else "none",
+        notes="".join(f"- {note}\n" for note in report.notes),
+        load=load,
     )
+    relation = "adapter" if report.base else None
+    tags = ["lora", "lrmerge", report.verb]
+    write_card(folder, body, base_model=report.base, base_model_relation=relation, library_name="peft", tags=tags)

@@ -15,7 +15,8 @@ from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
-from mergekit_lr.report.application import AppliedFigures, ApplyReport, application_card, rounding_notes
+from mergekit_lr.report.application import AppliedFigures, ApplyReport, rounding_notes
+from mergekit_lr.report.application_card import write_application_card
 from mergekit_lr.report.manifest import FILE, manifest, write_manifest
 from mergekit_lr.verbs.apply_plan import ApplyPlan, Task
 
@@ -74,7 +75,7 @@ def write_beside(plan: ApplyPlan, report: ApplyReport, folder: Path, started: fl
     if left:
         report = replace(report, notes=(*report.notes, f"of the base's folder not copied: {', '.join(sorted(left))}"))
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    application_card(report).save(folder / "README.md")
+    write_application_card(report, folder)
     content = report.to_json()
     content["adapters"] = [
         entry | {"files": [{"file": file.name, "bytes": file.stat().st_size} for file in given.files]}

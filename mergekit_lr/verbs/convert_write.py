@@ -26,7 +26,7 @@ from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.compression import AdapterReport
-from mergekit_lr.report.compression_card import adapter_card
+from mergekit_lr.report.compression_card import write_adapter_card
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.verbs.convert_read import PEFT_FILE, Base, Source
 
@@ -111,7 +111,7 @@ class Destination:
         if report.target in SERVERS:
             rewrite_config(folder.partial)
         report = _completed(report, file.stat().st_size, started)
-        adapter_card(report).save(folder.partial / "README.md")
+        write_adapter_card(report, folder.partial)
         write_manifest(folder.partial, _manifest(report, source, base, options))
         folder.finish()
         return report

@@ -21,8 +21,8 @@ from mergekit_lr.checkpoint.quantized import FP8
 from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
-from mergekit_lr.report.card import extraction_card
 from mergekit_lr.report.extraction import Carried, ExtractReport, ModuleFigures
+from mergekit_lr.report.extraction_card import write_extraction_card
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.verbs.extract_plan import ExtractPlan, Step, Treatment, stored_per_rank
 
@@ -174,7 +174,7 @@ def write(plan: ExtractPlan, adapter: Adapter, report: ExtractReport, folder: Pa
     peft.save(adapter, folder, dtype=plan.dtype, layout=plan.pairing.layout, task_type=task)
     size = (folder / "adapter_model.safetensors").stat().st_size
     report = replace(report, adapter_bytes=size, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    extraction_card(report, architecture).save(folder / "README.md")
+    write_extraction_card(report, architecture, folder)
     inputs = {"base": plan.base, "finetuned": plan.finetuned}
     write_manifest(folder, manifest("extract", inputs, plan.options, report.to_json()))
     return report
