@@ -4,10 +4,10 @@ A block Krylov basis (krylov.py) grows until what it could still win cannot bett
 so the work adapts to the spectrum: a fixed number of passes misses 1 % on flat tails. The error itself is
 exact and free: ||D||^2 - sum S^2. Where the rank is close to full the SVD is LAPACK's.
 
-Why Krylov and k/2: on AVX2 in float32, for power laws and low rank plus noise, k = 64, 2048^2 and 4096^2, it
-is below 1 % after reading D with 192 to 320 columns in all; subspace iteration with a sketch of 1.5 k columns
-needs 480 to 576. Wider blocks need as many columns, and overshoot by more. To be certain of it for every
-spectrum, plateaus and repeated values too, costs one or two cycles more than a lucky guess would.
+Why Krylov and k/2: on AVX2 in float32, at 2048^2 and k = 64, for power laws and low rank plus noise, blocks of
+k/2 are below 1 % after 8 passes (256 columns in all), subspace iteration with a sketch of 1.5 k after 4 to 5
+(384 to 480). Wider blocks took as long or longer. The stopping rule spends some of that gain on certainty: it
+is an extrapolation, tuned and tested on many kinds of spectra, plateaus and repeated values too, not a proof.
 
 Cost O(m n k) and 6 to 12 passes over D with a block of k/2 columns at the default tolerance.
 """
