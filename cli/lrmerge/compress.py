@@ -20,7 +20,9 @@ WHAT = "What to compress, and what for"
 
 def compress(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT folder, a file of any dialect, a Hub id.")],
-    out: opt.Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The result: a folder, or a .safetensors file.")
+    ] = None,
     rank: Annotated[
         str | None, typer.Option("--rank", metavar="N", help="Of every module.", rich_help_panel=RANK)
     ] = None,
@@ -79,7 +81,7 @@ def compress(
     ] = None,
     to: Annotated[
         Literal["peft", "kohya", "lycoris", "diffusers", "comfy"] | None,
-        typer.Option("--to", help="Dialect of the result [that of ADAPTER].", rich_help_panel=WHAT),
+        typer.Option("--to", help="Dialect of the result; by default ADAPTER's.", rich_help_panel=WHAT),
     ] = None,
     component: Annotated[
         str | None,
@@ -91,7 +93,7 @@ def compress(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [that of ADAPTER]."),
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default as in ADAPTER."),
     ] = None,
     memory: opt.Memory = None,
     device: opt.Device = "auto",

@@ -21,7 +21,9 @@ def convert(
         Literal["peft", "kohya", "lycoris", "diffusers", "comfy"],
         typer.Option("--to", help="Dialect of the result.", rich_help_panel=WHAT),
     ],
-    out: opt.Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The result: a folder, or a .safetensors file.")
+    ] = None,
     experts: Annotated[
         Literal["fused", "per-expert"] | None,
         typer.Option("--experts", help="On stacks of experts, or on single ones.", rich_help_panel=WHAT),
@@ -39,7 +41,8 @@ def convert(
         typer.Option("--component", metavar="NAME", help="unet, text_encoder ...", rich_help_panel=WHAT),
     ] = None,
     rank: Annotated[
-        str | None, typer.Option("--rank", metavar="N", help="Of every such module [64].", rich_help_panel=RANK)
+        str | None,
+        typer.Option("--rank", metavar="N", help="Of every such module; by default 64.", rich_help_panel=RANK),
     ] = None,
     energy: Annotated[
         float | None,
@@ -63,7 +66,7 @@ def convert(
     ] = 1,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [as they are]."),
+        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default as they are."),
     ] = None,
     device: opt.Device = "auto",
     seed: opt.Seed = 0,
