@@ -297,3 +297,18 @@ def test_kinds_come_from_the_module_and_carriers_from_what_it_does(owner, leaf, 
     found = kind_of(owner, leaf, shape)
     assert (found.kind, found.carrier) == (kind, carrier)
     assert bool(found.obstacle) == (not carrier and kind not in (Kind.OTHER, Kind.VECTOR))
+
+
+def test_a_width_that_meets_the_vocabulary_makes_no_table():
+    """A down projection with as many rows as there are tokens is linear all the same."""
+    shapes = {
+        "model.embed_tokens.weight": (64, 64),
+        "model.layers.0.mlp.down_proj.weight": (64, 96),
+        "model.layers.0.self_attn.o_proj.weight": (64, 64),
+        "model.norm.weight": (64,),
+        "lm_head.weight": (64, 64),
+    }
+    headers = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64}
+    kinds = {p.name: str(p.kind) for p in parameters(headers, config).parameters}
+    assert [name for name, kind in kinds.items() if kind == "embedding"] == ["model.embed_tokens.weight"]

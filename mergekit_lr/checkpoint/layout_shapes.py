@@ -28,6 +28,8 @@ _BYPASSED = re.compile(
 )
 # PEFT takes a target of one of these names for an expert's where a model has stacked experts.
 _FUSED = re.compile(r"(^|\.)(gate|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+# Linear layers that may have as many rows as the vocabulary: an output head, or a width that happens to meet it.
+_PROJECTION = re.compile(r"head|output|proj|dense|linear|mlp|attn|attention|fc\d?\.")
 _EXPERTS = re.compile(r"(^|\.|_)experts?(\.|_|$)")
 
 
@@ -75,8 +77,7 @@ def _parameter(name: str, shape: tuple[int, ...], vocabulary: int | None) -> Par
     if len(shape) == 3 and _EXPERTS.search(name):
         kind, carrier = Kind.EXPERTS, "parameter"
     elif name.endswith(".weight") and len(shape) == 2:
-        # An output head has as many rows as the vocabulary too, and is linear.
-        table = _TABLE.search(name) or (shape[0] == vocabulary and "head" not in name and "output" not in name)
+        table = _TABLE.search(name) or (shape[0] == vocabulary and not _PROJECTION.search(name))
         kind, carrier = Kind.EMBEDDING if table else Kind.LINEAR, "module"
     elif name.endswith(".weight") and len(shape) in (3, 4, 5):
         kind, carrier = Kind.CONVOLUTION, "module"
