@@ -125,7 +125,10 @@ def script(text: str, folder: Path, out: Path) -> list[str]:
 
 
 def worst_rounding(folder: Path, out: Path) -> float:
-    """The largest distance of an entry from the float64 sum, in units of bfloat16's spacing there; 0.5 is perfect."""
+    """The largest distance of an entry from the float64 sum, in bfloat16's spacing at the larger of sum and base.
+
+    0.5 is one rounding. Where sum and base cancel, the sum's own spacing is finer than the float32 of the arithmetic.
+    """
     worst = 0.0
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as factors:
         adapted = set(factors.keys())
@@ -140,8 +143,9 @@ def worst_rounding(folder: Path, out: Path) -> float:
                         continue
                     first, second = factors.get_tensor(f"{key}A.weight"), factors.get_tensor(f"{key}B.weight")
                     rows = torch.arange(0, second.shape[0], 97)
-                    exact = torch.stack([old[int(i)] for i in rows]).double() + second[rows].double() @ first.double()
-                    spacing = 2.0 ** (exact.abs().log2().floor() - 7)
+                    base = torch.stack([old[int(i)] for i in rows]).double()
+                    exact = base + second[rows].double() @ first.double()
+                    spacing = 2.0 ** (torch.maximum(exact.abs(), base.abs()).log2().floor() - 7)
                     found = torch.stack([new[int(i)] for i in rows]).double()
                     worst = max(worst, float(((found - exact).abs() / spacing).max()))
     return worst
@@ -163,8 +167,9 @@ def limited(folder: Path, limit: str) -> dict:
     total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     worst = worst_rounding(folder, out)
     print(
-        f"{total / 1e9:.2f} GB under a hard limit of {size / 1e6:.0f} MB: done in {run.wall:.1f} s ({run.cpu:.1f} s CPU), "
-        f"anonymous peak {run.anonymous / 1e6:.0f} MB, worst entry {worst:.4f} units in the last place from the exact sum"
+        f"{total / 1e9:.2f} GB under a hard limit of {size / 1e6:.0f} MB: done in {run.wall:.1f} s "
+        f"({run.cpu:.1f} s CPU), anonymous peak {run.anonymous / 1e6:.0f} MB, worst entry {worst:.4f} units in the "
+        "last place from the exact sum"
     )
     return {"limit": size, "bytes": total, "charged": peak, "worst_ulp": worst, **run._asdict()}
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import mergekit_lr as lr
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.pair import layout_of, read_whole
+from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import LrmergeError
 from mergekit_lr.graph import schedule
 from mergekit_lr.verbs import apply_plan
@@ -140,6 +141,14 @@ LIVE: dict[str, tuple[Callable[[], nn.Module], dict]] = {
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
+    "llama tied together": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "llama tied saved together": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "qwen2 lora_bias": (qwen2, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "mixtral": (mixtral, EXPERTS),
@@ -166,7 +175,8 @@ def test_the_model_computes_what_the_adapter_computes(case, tmp_path):
     assert (wanted - before).abs().max() > 1e-2
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     untied = json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings")
-    assert untied == (case == "llama tied rows") if "tied" in case else True
+    if "tied" in case:
+        assert untied == (case.endswith(("rows", "together")))
     if case == "mixtral":  # on disk each expert and projection is a tensor of its own
         assert sum(".experts.0." in name for name in tensors_of(tmp_path / "out")) == 6
         assert {"experts", "linear"} == set(report.kinds)
@@ -399,6 +409,32 @@ def test_dicts_in_memory(adapter):
     for name, delta in deltas(adapter).items():
         torch.testing.assert_close(result[name].double(), base[name].double() + 2 * delta, rtol=1e-5, atol=1e-5)
     assert result[tiny.NORM] is base[tiny.NORM]
+
+
+def test_a_pickled_base_comes_out_as_safetensors(adapter, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(tiny.CONFIG))
+    torch.save(tiny.decoder(), tmp_path / "base" / "pytorch_model.bin")
+    lr.apply(tmp_path / "base", [adapter], tmp_path / "out")
+    assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".json", ".json", ".md", ".safetensors"]
+    wanted = lr.apply(tiny.decoder(), [adapter]).tensors
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+def test_a_picture_model_adapter_names_the_component_before_the_base_s_own_names():
+    base = {"conv_in.weight": torch.randn(8, 4, 3, 3), "conv_in.bias": torch.randn(8)}
+    delta = lr.LowRank(torch.randn(2, 36), torch.randn(8, 2), 0.5)
+    weight = lr.AdaptedWeight(Kind.CONVOLUTION, delta, shape=(8, 4, 3, 3))
+    result = lr.apply(base, [(lr.Adapter({"unet.conv_in.weight": weight}), -2.0)]).tensors
+    wanted = base["conv_in.weight"] - 2 * delta.dense().reshape(8, 4, 3, 3)
+    torch.testing.assert_close(result["conv_in.weight"], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_only_tables_of_tokens_may_grow(model, tmp_path):
+    odd = lora(tmp_path / "odd", {tiny.DOWN: tiny.decoder()[tiny.DOWN]}, modules_to_save=["q_proj"])
+    tensors = load_file(odd / "adapter_model.safetensors")
+    save_file(tensors | {tiny.PREFIX + Q0: torch.randn(30, tiny.HIDDEN)}, odd / "adapter_model.safetensors")
+    tiny.refused("apply", model, odd, "-o", tmp_path / "out", code=1, words=(Q0, "[30, 24]", "[24, 24]"))
 
 
 def test_a_grown_vocabulary_brings_its_tables_config_and_tokenizer(model, tmp_path):

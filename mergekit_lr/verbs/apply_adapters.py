@@ -208,8 +208,7 @@ class _Collected:
     def replace(self, name: str, tensor: Tensor, *, alone: bool) -> None:
         """A parameter in full; what is no module of its own is loaded into the base, and so into all ends of a tie."""
         parameter = self.parameter(name, fresh=tensor)
-        table = parameter.kind in (Kind.EMBEDDING, Kind.LINEAR) and tensor.shape[1:] == parameter.shape[1:]
-        if tensor.shape != parameter.shape and not table:
+        if tensor.shape != parameter.shape and not self._grows(parameter, tensor):
             raise MismatchError(
                 f"{self._called}: {name} has shape {list(tensor.shape)}, {self._base.ref} has {list(parameter.shape)}: "
                 "the adapter belongs to another model"
@@ -220,13 +219,20 @@ class _Collected:
     def rows(self, name: str, indices: Sequence[int], rows: Tensor) -> None:
         """Rows of a table, trained at every end of its tie."""
         parameter = self.parameter(name)
-        if len(indices) != len(rows) or rows.shape[1:] != parameter.shape[1:] or max(indices) >= parameter.shape[0]:
+        fits = len(indices) == len(rows) and rows.shape[1:] == parameter.shape[1:]
+        if not fits or any(not 0 <= index < parameter.shape[0] for index in indices):
             raise MismatchError(
-                f"{self._called}: token rows {list(rows.shape)} for {len(indices)} indices up to {max(indices)} do not "
-                f"fit {name} of shape {list(parameter.shape)} in {self._base.ref}"
+                f"{self._called}: token rows {list(rows.shape)} for {len(indices)} indices do not fit {name} of shape "
+                f"{list(parameter.shape)} in {self._base.ref}"
             )
         for end in self._ends(parameter.name):
             self.put(end, rows=(list(indices), rows))
+
+    def _grows(self, parameter: Parameter, tensor: Tensor) -> bool:
+        """Whether ``parameter`` is a table of tokens or a head over them, and ``tensor`` one of another length."""
+        tokens = {p.shape[0] for p in self._layout.parameters if p.kind is Kind.EMBEDDING}
+        table = parameter.kind in (Kind.EMBEDDING, Kind.LINEAR) and parameter.shape[0] in tokens
+        return table and tensor.shape[1:] == parameter.shape[1:]
 
     def _ends(self, name: str) -> list[str]:
         if name not in self._layout.by_name:

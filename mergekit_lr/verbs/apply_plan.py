@@ -38,6 +38,7 @@ PIECE = 1 << 21  # entries of a changed piece, whose arithmetic takes a dozen by
 COPY = 8 << 20  # bytes of a copied piece
 
 Rounding = Literal["nearest", "stochastic"]
+RANDOM = {"nearest": 0, "stochastic": 20}  # bytes per entry that its random bits and sums take
 
 
 class Task(NamedTuple):
@@ -146,8 +147,8 @@ def plan_apply(
     files = as_in(opened, outputs, beside)
     available = resources(device=device, memory=memory, threads=threads)
     covered: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    nodes = [node for target in found.changing for node in _nodes(opened, target, outputs, covered)]
-    nodes += [node for name in outputs for node in _copies(opened, name, outputs, covered[name])]
+    nodes = [node for target in found.changing for node in _nodes(opened, target, outputs, covered, rounding)]
+    nodes += [node for name in outputs for node in _copies(opened, name, outputs, covered[name], rounding)]
     return ApplyPlan(
         base=opened,
         layout=layout,
@@ -190,7 +191,13 @@ def _outputs(base: Checkpoint, changing: Sequence[Target], dtype: torch.dtype | 
     return outputs
 
 
-def _nodes(base: Checkpoint, target: Target, outputs: Mapping[str, Header], covered) -> Iterator[Node]:
+def _nodes(
+    base: Checkpoint,
+    target: Target,
+    outputs: Mapping[str, Header],
+    covered: dict[str, list[tuple[int, int]]],
+    rounding: Rounding,
+) -> Iterator[Node]:
     """One node for each piece of each matrix of ``target``; what they write is noted in ``covered``."""
     parameter = target.parameter
     rows, columns = own_shape(parameter)
@@ -216,17 +223,24 @@ def _nodes(base: Checkpoint, target: Target, outputs: Mapping[str, Header], cove
             for start in range(low, high, step):
                 stop = min(start + step, high)
                 here = tuple(cut(spans, start, stop, stacked=parameter.join == 0))
-                yield _node(base, target, Part(parameter, index, start, stop), here, outputs)
+                yield _node(base, target, Part(parameter, index, start, stop), here, outputs, rounding)
 
 
-def _node(base: Checkpoint, target: Target, part: Part, spans: tuple[Span, ...], outputs: Mapping[str, Header]) -> Node:
+def _node(
+    base: Checkpoint,
+    target: Target,
+    part: Part,
+    spans: tuple[Span, ...],
+    outputs: Mapping[str, Header],
+    rounding: Rounding,
+) -> Node:
     rows, (_, columns) = part.stop - part.start, own_shape(part.parameter)
     size = rows * columns
     read = sum(s.entries * base.tensors[s.source].dtype.itemsize for s in spans if s.source is not None)
     written = sum(s.entries * outputs[s.name][0].itemsize for s in spans)
     rank = sum(change.rank for change in target.changes)
     # The result, the base's rows or the rounded ones widened, what is written; DoRA and its like hold copies.
-    memory = read + 8 * size + written + 8 * rank * (rows + columns)
+    memory = read + (8 + RANDOM[rounding]) * size + written + 8 * rank * (rows + columns)
     memory += sum(24 * size for change in target.changes if not change.additive or change.made is not None)
     cost = Cost(max(read, 1), memory, 2.0 * size * max(rank, 1))
     label = target.name if part.parameter.matrices == 1 else f"{target.name}[{part.index}]"
@@ -234,7 +248,7 @@ def _node(base: Checkpoint, target: Target, part: Part, spans: tuple[Span, ...],
 
 
 def _copies(
-    base: Checkpoint, name: str, outputs: Mapping[str, Header], covered: list[tuple[int, int]]
+    base: Checkpoint, name: str, outputs: Mapping[str, Header], covered: list[tuple[int, int]], rounding: Rounding
 ) -> Iterator[Node]:
     """Nodes for the rows of ``name`` that no target writes: copied byte for byte, or converted."""
     if name not in base.tensors:
@@ -248,7 +262,8 @@ def _copies(
         for start in range(position, low, step):
             span = Span(name, name, start, min(step, low - start), 1)
             read = span.rows * info.dtype.itemsize
-            memory = read if dtype is info.dtype else read + span.rows * (8 + dtype.itemsize)
+            more = span.rows * (8 + RANDOM[rounding] + dtype.itemsize)
+            memory = read if dtype is info.dtype else read + more
             yield Node(
                 f"={name}:{start}", "apply", _place(base, span), Cost(read, memory, 0.0), Task(None, None, (span,))
             )
