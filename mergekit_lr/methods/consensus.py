@@ -1,4 +1,4 @@
-"""Sums of deltas, with a sign elected in every element, in one pass: at most four accumulators, never T tensors.
+"""Sums of deltas, with a sign elected in every element, in one pass: at most five accumulators, never T tensors.
 
 The elected sign is that of the sum, and only elements of that sign are added up. Both are known from the sum of the
 positive and the sum of the negative parts alone, and the divisors from the weights that stand behind each.
@@ -46,49 +46,52 @@ def elected_sum(
         majority: the sign of the sum, or the sign that most have.
         zero_sign: what an exact zero elects: +, or the sign that prevails among all the tensor's elections.
     """
-    sums = _Sides(divisor, elect_on, majority)
+    sums: _Sides | None = None
     for weight, delta in zip(weights, deltas, strict=True):
+        sums = sums or _Sides(delta, divisor, elect_on, majority)
         sums.add(delta, _like(weight, delta))
+    assert sums is not None
     return sums.merged(zero_sign)
 
 
 class _Sides:
     """What is summed on the positive and on the negative side: values, votes, divisors."""
 
-    def __init__(self, divisor: Divisor, elect_on: str, majority: str):
-        self.divisor, self.elect_on, self.majority = divisor, elect_on, majority
-        self.up: Any = 0
-        self.down: Any = 0
-        self.vote: Any = 0
-        self.up_divisor: Any = 0
-        self.down_divisor: Any = 0
+    def __init__(self, like: Tensor, divisor: Divisor, elect_on: str, majority: str):
+        self.divisor, self.unweighted, self.counted = divisor, elect_on == "unweighted", majority == "count"
+        self.up, self.down = torch.zeros_like(like), torch.zeros_like(like)
+        # The vote is the sum of both sides, unless it is another one.
+        self.vote = torch.zeros_like(like) if self.unweighted or self.counted else None
+        self.divisors = (torch.zeros_like(like), torch.zeros_like(like)) if divisor != "none" else None
 
     def add(self, delta: Tensor, weight: Any) -> None:
         weighted = delta * weight
-        voter = weighted if self.elect_on == "weighted" else delta
+        voter = delta if self.unweighted else weighted
         positive, negative = voter > 0, voter < 0
-        self.up = self.up + weighted.where(positive, 0)
-        self.down = self.down + weighted.where(negative, 0)
-        if self.majority == "count":
-            self.vote = self.vote + voter.sign()
-        elif self.elect_on == "unweighted":
-            self.vote = self.vote + voter
-        if self.divisor != "none":
+        if self.unweighted:
+            self.up += weighted * positive
+            self.down += weighted * negative
+        else:
+            self.up += weighted.clamp_min(0)
+            self.down += weighted.clamp_max(0)
+        if self.vote is not None:
+            self.vote += voter.sign() if self.counted else voter
+        if self.divisors is not None:
             share = weight if self.divisor == "weights" else 1.0
-            self.up_divisor = self.up_divisor + positive * share
-            self.down_divisor = self.down_divisor + negative * share
+            for total, side in zip(self.divisors, (positive, negative), strict=True):
+                total += side * share
 
     def merged(self, zero_sign: str) -> Tensor:
-        votes = self.up + self.down if self.majority == "sum" and self.elect_on == "weighted" else self.vote
+        votes = self.up + self.down if self.vote is None else self.vote
         elected = votes >= 0
         if zero_sign == "majority":
             prevailing = votes.sign().sum((-2, -1), keepdim=True) >= 0
             elected = torch.where(votes == 0, prevailing, elected)
         total = torch.where(elected, self.up, self.down)
-        if self.divisor == "none":
+        if self.divisors is None:
             return total
-        divisor = torch.where(elected, self.up_divisor, self.down_divisor)
-        return total / divisor.where(divisor != 0, 1).to(total.dtype)
+        divisor = torch.where(elected, *self.divisors)
+        return total.div_(divisor.where(divisor != 0, 1))
 
 
 def _like(weight: Any, delta: Tensor) -> Any:

@@ -92,11 +92,12 @@ def _dropped(
 ) -> Iterator[Tensor]:
     for t, delta in enumerate(deltas):
         delta = widened(delta)
-        whole = torch.as_tensor(density[t]) >= 1
+        share = torch.as_tensor(density[t], dtype=torch.float64)
+        whole = share >= 1
         if bool(whole.all()):
             yield delta
             continue
-        _check(torch.as_tensor(density[t]), torch.as_tensor(epsilon[t]), whole)
+        _check(share, torch.as_tensor(epsilon[t], dtype=torch.float64), whole)
         chance = torch.where(whole.to(delta.device), 1.0, probabilities(delta, density[t], epsilon[t]))
         draw = uniform(keys[t], delta.shape[-2] * delta.shape[-1], delta).reshape(delta.shape)
         kept = delta * (draw < chance)

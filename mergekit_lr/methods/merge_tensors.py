@@ -76,11 +76,8 @@ def merge_tensors(
         extra = {}
         if origin is not None:
             tensors = [widened(x) - origin if isinstance(x, Tensor) else x for x in tensors]
-    if flat and method.vectors is not None:
-        merged = method.vectors(tensors, **method.bound(parameters, len(tensors)))
-    else:
-        keys = _keys(seed, name_of_tensor, models, len(tensors), math.prod(tensors[0].shape[:-2]))
-        merged = run(method, tensors, space="full" if flat else space, keys=keys, **extra, **parameters)
+    keys = _keys(seed, name_of_tensor, models, len(tensors), math.prod(tensors[0].shape[:-2]))
+    merged = run(method, tensors, space=space, vectors=flat, keys=keys, **extra, **parameters)
     if isinstance(merged, LowRank):
         return merged
     if method.takes == "deltas" and origin is not None:

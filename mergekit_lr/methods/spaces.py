@@ -43,48 +43,67 @@ class KnotsBasis(NamedTuple):
     V: list[Tensor]
 
 
+class Multiplied(Sequence[Tensor]):
+    """The deltas as dense tensors, each multiplied out when it is asked for."""
+
+    def __init__(self, deltas: Sequence[Delta]):
+        self.deltas = deltas
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __getitem__(self, index: Any) -> Any:
+        picked = self.deltas[index]
+        return Multiplied(picked) if isinstance(index, slice) else as_dense(picked)
+
+
 def run(
     method: Method,
     inputs: Sequence[Delta],
     *,
     space: Space = "full",
+    vectors: bool = False,
     knots_scale: Literal["sigma", "none"] = "sigma",
     keys: Sequence[Sequence[int]] = (),
     **parameters: Any,
 ) -> Delta:
-    """Runs a method on deltas or factors in a space.
+    """Runs a method in a space.
 
     Args:
         method: what to run.
-        inputs: T deltas (..., m, n), dense or ``LowRank``; in the spaces "core" and "knots" all ``LowRank``.
+        inputs: T weights or deltas (..., m, n), dense or ``LowRank``; in the spaces "core" and "knots" all ``LowRank``.
+            In the space "full" the sequence may make them when they are asked for.
         space: where.
+        vectors: the inputs (..., 1, n) are vectors, for which a method may have another rule; in any space alike.
         knots_scale: in the space "knots", "sigma" shows the method S V_t^T as the reference does, "none" V_t^T alone.
         keys: streams of random numbers, for methods that draw: for each model one per matrix of the batch.
         parameters: of the method; one number per matrix of a batch is for the space "full" only.
 
     Raises:
         UsageError: the method does not run there, or takes other inputs.
-        MismatchError: the inputs differ in shape.
+        MismatchError: adapters differ in shape.
     """
-    shape_of(inputs)
-    if space not in method.spaces:
-        raise UsageError(f"{method.name} does not run in the space {space!r}; choose one of {', '.join(method.spaces)}")
-    factors = [delta for delta in inputs if isinstance(delta, LowRank)]
-    if (space != "full" or method.takes == "factors") and len(factors) < len(inputs):
-        what = f"the space {space!r}" if space != "full" else method.name
-        raise UsageError(f"{what} takes adapters (low-rank factors), got dense tensors")
     random: dict[str, Any] = {"keys": keys} if method.random else {}
-    if space == "full":
-        whole = inputs if method.factored else [as_dense(delta) for delta in inputs]
-        return method.function(whole, **random, **parameters)
-    if len(inputs[0].shape) > 2:  # ranks, and so the sizes of the coordinates, differ within a batch
-        each = zip(unstacked(inputs), zip(*keys, strict=True), strict=True) if random else None
-        parts = each or ((one, ()) for one in unstacked(inputs))
+    if vectors and method.vectors is not None:
+        return method.vectors(inputs, **method.bound(parameters, len(inputs)))
+    if not vectors and space not in method.spaces:
+        raise UsageError(f"{method.name} does not run in the space {space!r}; choose one of {', '.join(method.spaces)}")
+    if method.takes != "factors" and (vectors or space == "full"):
+        return method.function(inputs if method.factored else Multiplied(inputs), **random, **parameters)
+    factors = [delta for delta in inputs if isinstance(delta, LowRank)]
+    if len(factors) < len(inputs):
+        what = method.name if method.takes == "factors" else f"the space {space!r}"
+        raise UsageError(f"{what} takes adapters (low-rank factors), got dense tensors")
+    lead = shape_of(factors)[:-2]
+    if method.takes == "factors":
+        return method.function(factors, **random, **parameters)
+    if lead:  # ranks, and so the sizes of the coordinates, differ within a batch
+        streams = zip(*keys, strict=True) if random else [()] * len(unstacked(factors[:1]))
         merged = [
-            run(method, one, space=space, knots_scale=knots_scale, keys=[[k] for k in key], **parameters)
-            for one, key in parts
+            run(method, one, space=space, knots_scale=knots_scale, keys=[[key] for key in own], **parameters)
+            for one, own in zip(unstacked(factors), streams, strict=True)
         ]
-        return stacked(merged, inputs[0])
+        return stacked(merged, factors[0])
 
     def rule(coordinates: Sequence[Tensor]) -> Any:
         return method.function(coordinates, **random, **parameters)
