@@ -49,7 +49,8 @@ def iso_cts(
     total = triplets(combine(weights, deltas), common)
     blocks = [total]
     for weight, delta in zip(weights, deltas, strict=True):
-        rest = widened(delta) * weight
+        rest = scaled(widened(delta), weight)
+        assert isinstance(rest, Tensor)
         rest = rest - total.U @ (total.U.mT @ rest)
         blocks.append(triplets(rest, own))
     U = torch.cat([block.U for block in blocks], -1)

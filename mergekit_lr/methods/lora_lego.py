@@ -68,12 +68,17 @@ def lora_lego(
         UsageError: a weight is not above 0, or ``rank`` is out of range.
     """
     if len(factors[0].shape) > 2:
-        ones = zip(unstacked(factors), keys[0] if keys else [0] * _batch(factors[0]), strict=True)
+        batch = unstacked(factors)
+        seeds = keys[0] if keys else [0] * len(batch)
         options = {
-            "weights": weights, "rank": rank, "feature": feature, "canonical": canonical, "centroid": centroid,
-            "norm": norm, "reweight": reweight, "rescale": rescale, "restarts": restarts, "iterations": iterations,
+            "rank": rank, "feature": feature, "canonical": canonical, "centroid": centroid, "norm": norm,
+            "reweight": reweight, "rescale": rescale, "restarts": restarts, "iterations": iterations,
         }  # fmt: skip
-        return stacked([lora_lego(one, keys=[[key]], **options) for one, key in ones], factors[0])
+        merged = [
+            lora_lego(one, keys=[[seed]], weights=[_at(w, i) for w in weights], **options)
+            for i, (one, seed) in enumerate(zip(batch, seeds, strict=True))
+        ]
+        return stacked(merged, factors[0])
     units = _units([f for f in factors if isinstance(f, LowRank)], weights, canonical)
     size = units.a.shape[0]
     k = max(1, round(size / len(factors))) if rank is None else rank
@@ -142,5 +147,6 @@ def _norms(a: Tensor, b: Tensor, norm: str) -> Tensor:
     return whole.abs().amax(-1) if norm == "max" else whole.norm(dim=-1)
 
 
-def _batch(delta: Delta) -> int:
-    return int(torch.Size(delta.shape[:-2]).numel())
+def _at(weight: float | Tensor, i: int) -> float:
+    """The weight of matrix i of a batch: a number for all, or a tensor (..., 1, 1)."""
+    return float(weight.reshape(-1)[i]) if isinstance(weight, Tensor) else weight

@@ -49,8 +49,8 @@ _ALIASES = {"weight": "weights", "lambda": "scale"}  # mergekit's names
 class Parameter:
     """One option of a method.
 
-    kind: "number", "integer", "flag", "choice" or "tensor". per_model: may be a list of T. per_tensor: may differ
-    within a batch. default: None and ``required`` false means that the method finds its own.
+    kind: "number", "integer", "flag", "choice", "text" or "tensor". per_model: may be a list of T. per_tensor: may
+    differ within a batch. default: None and ``required`` false means that the method finds its own.
     """
 
     name: str

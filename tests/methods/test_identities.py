@@ -6,6 +6,8 @@ Numbers P3 ... P20 are those of the catalogue in which each is stated with its t
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import given as make
@@ -19,9 +21,9 @@ from torch import Tensor
 
 import mergekit_lr as lr
 from mergekit_lr.adapter.lowrank import LowRank
-from mergekit_lr.methods import opcm
+from mergekit_lr.methods import eigenlorax, opcm
 from mergekit_lr.methods.lora_lego import unit_gram
-from mergekit_lr.methods.spaces import core_basis, knots_basis
+from mergekit_lr.methods.spaces import core_basis, knots_basis, run
 
 few = settings(max_examples=8, deadline=None)
 
@@ -271,6 +273,10 @@ def test_legos_without_clustering_are_the_sum(seed: int):
     same = [adapters[0]] * 3
     close(merge("lora_lego", same, rank=2), adapters[0].dense(), 1e-12)
     close(merge("lora_lego", same, rank=2, centroid="rank1"), adapters[0].dense(), 1e-12)
+    pairs = [LowRank(torch.stack([f.A, 2 * f.A]), torch.stack([f.B, f.B]), f.scaling) for f in adapters]
+    both = merge("lora_lego", pairs, rank=3, weights=torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), seed=3)
+    assert both.shape == (2, 12, 10)
+    assert bool(both.isfinite().all())
 
 
 @few
@@ -286,6 +292,25 @@ def test_distances_from_the_gram_matrix(seed: int, feature: str):
     inner = Z @ K
     distances = K.diagonal() - 2 * inner + (inner * Z).sum(-1)[:, None]
     torch.testing.assert_close(distances, torch.cdist(Z @ x, x) ** 2, rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(seeds, kinds, st.integers(1, 8))
+def test_shared_basis(seed: int, kind: str, components: int):
+    """Enough components give every adapter back; with fewer the error of each side is the tail of its spectrum."""
+    adapters = make.adapters(seed, kind)
+    basis = eigenlorax.shared_basis(adapters, components)
+    assert basis.B.shape[-1] <= components
+    close(basis.B.mT @ basis.B, torch.eye(basis.B.shape[-1], dtype=torch.float64), 1e-12)
+    stack = torch.cat([f.folded().B for f in adapters], -1)
+    values = torch.linalg.svdvals(stack)
+    error, size = 0.0, float((values**2).sum())
+    for adapter in adapters:
+        again = eigenlorax.reconstruct(eigenlorax.coefficients(adapter, basis), basis)
+        error += float((again.B - adapter.folded().B).square().sum())
+        if components >= 6:
+            torch.testing.assert_close(again.dense(), adapter.dense(), rtol=0, atol=1e-12 * (1 + size))
+    assert error == pytest.approx(float((values[components:] ** 2).sum()), abs=1e-12 * (1 + size))
 
 
 # P14: OPCM
@@ -508,29 +533,44 @@ def test_numbers_may_differ_in_a_batch(seed: int, name: str):
 # P20: one at a time
 
 
-class Lazy:
-    """A sequence whose items are made when asked for, and counts how many there are at a time."""
+class Lazy(Sequence[Tensor]):
+    """A sequence that makes its items when they are asked for; ``most`` is how many were alive at a time."""
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
 
     def __len__(self) -> int:
         return len(self.tensors)
 
     def __getitem__(self, i: Any) -> Any:
-        picked = self.tensors[i]
-        return Lazy(picked) if isinstance(i, slice) else picked.clone()
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        item = self.tensors[i].clone()
+        self.made.append(weakref.ref(item))
+        self.most = max(self.most, sum(made() is not None for made in self.made))
+        return item
 
 
 @few
 @given(seeds, st.sampled_from([n for n in DELTAS if n != "opcm"]))
 def test_streamed_inputs(seed: int, name: str):
     deltas = [d.float() for d in make.deltas(seed)]
-    method = lr.methods()[name]
-    keys = {"keys": [[t] for t in range(3)]} if method.random else {}
-    one = method.function(deltas, **keys, **DELTAS[name])
-    other = method.function(Lazy(deltas), **keys, **DELTAS[name])
+    keys = [[t] for t in range(3)]
+    one = run(lr.methods()[name], deltas, keys=keys, **DELTAS[name])
+    other = run(lr.methods()[name], Lazy(deltas), keys=keys, **DELTAS[name])
     close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"],
+)
+def test_one_delta_is_held_at_a_time(name: str):
+    lazy = Lazy(make.deltas(1, tasks=12))
+    run(lr.methods()[name], lazy, keys=[[t] for t in range(12)], **{**DELTAS, **WEIGHTS}[name])
+    assert lazy.most <= 3  # the one in work, its successor being made, and one in a generator's hands
 
 
 @few
