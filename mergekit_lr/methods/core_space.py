@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.errors import UsageError
-from mergekit_lr.methods.delta import as_dense
+from mergekit_lr.methods.delta import Delta, as_dense, stacked, unstacked
 from mergekit_lr.methods.iso_c import flattened
 from mergekit_lr.methods.registry import find, method
 from mergekit_lr.methods.spaces import core_basis, lifted
@@ -23,16 +23,16 @@ def core_space(
     isotropize: bool = False,
     rank: int | None = None,
     **parameters: Any,
-) -> LowRank:
+) -> Delta:
     """Merges adapters by another method in the coordinates of their joint bases; the result is an adapter.
 
     Args:
-        factors: T ``LowRank`` (m, n), of any ranks.
-        keys: streams of random numbers, for an inner method that draws.
+        factors: T ``LowRank`` of any ranks.
+        keys: streams of random numbers, for an inner method that draws: for each model one per matrix of the batch.
         inner: the method that merges the coordinates.
         isotropize: make the singular values of the merged coordinates equal, as Iso-C does.
         rank: truncate the result to this rank; without it at most the sum of the adapters' ranks.
-        parameters: of the inner method.
+        parameters: of the inner method; not different for the matrices of a batch.
 
     Raises:
         UsageError: the inner method does not run in Core Space.
@@ -40,10 +40,16 @@ def core_space(
     rule = find(inner)
     if "core" not in rule.spaces:
         raise UsageError(f"core_space: {inner} does not run on coordinates; choose a method on deltas with that space")
-    if len(factors[0].shape) > 2:
-        raise UsageError("core_space takes one matrix at a time; run the inner method in the space 'core' for a batch")
+    if len(factors[0].shape) > 2:  # ranks, and so the sizes of the coordinates, differ within a batch
+        batch = unstacked(factors)
+        streams = zip(*keys, strict=True) if keys else [()] * len(batch)
+        merged = [
+            core_space(one, keys=[[key] for key in own], inner=inner, isotropize=isotropize, rank=rank, **parameters)
+            for one, own in zip(batch, streams, strict=True)
+        ]
+        return stacked(merged, factors[0])
     basis = core_basis(factors)
     random: dict[str, Any] = {"keys": keys} if rule.random else {}
-    merged = as_dense(rule.function(basis.coordinates, **random, **parameters))
-    result = lifted(as_dense(flattened(merged)) if isotropize else merged, basis)
+    coordinates = as_dense(rule.function(basis.coordinates, **random, **parameters))
+    result = lifted(as_dense(flattened(coordinates)) if isotropize else coordinates, basis)
     return result if rank is None else result.truncate(rank).delta

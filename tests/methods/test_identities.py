@@ -516,6 +516,27 @@ def test_a_batch_is_its_matrices(seed: int, name: str):
 
 
 @few
+@given(
+    seeds,
+    st.sampled_from(
+        [("full", n) for n in (*FACTORS, "iso_c", "tsv_m", "opcm", "cart")] + [("core", "dare_ties"), ("knots", "ties")]
+    ),
+)
+def test_a_stack_of_experts_is_its_experts(seed: int, place: tuple[str, str]):
+    """Adapters with a leading axis, of which one matrix has a lower rank."""
+    space, name = place
+    first, second = make.adapters(seed), make.adapters(seed + 1, "rank-deficient")
+    pairs = [
+        LowRank(torch.stack([f.A, g.A]), torch.stack([f.B, g.B]), f.scaling) for f, g in zip(first, second, strict=True)
+    ]
+    options = {"space": space, "seed": 3}
+    merged = lr.merge_tensors(name, pairs, name_of_tensor=["x", "y"], **options, **{**DELTAS, **FACTORS}[name])
+    assert isinstance(merged, LowRank)
+    for i, (label, one) in enumerate((("x", first), ("y", second))):
+        close(merged.dense()[i], merge(name, one, name_of_tensor=label, **options), 1e-9)
+
+
+@few
 @given(seeds, st.sampled_from(["task_arithmetic", "ties", "breadcrumbs", "dare_linear", "della", "iso_c", "tsv_m"]))
 def test_numbers_may_differ_in_a_batch(seed: int, name: str):
     """weights, scale and densities as tensors over the batch are what each matrix alone gets."""
