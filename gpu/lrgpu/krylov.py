@@ -66,6 +66,8 @@ class Krylov:
         """Read D twice and add one block."""
         library = backend.of(self.D)
         xp = library.xp
+        if self.cycles:
+            self.block = self._next_block()
         fresh = orthonormal(self.D @ self.block, self.U)
         image = (fresh.swapaxes(-1, -2) @ self.D).swapaxes(-1, -2)  # D^T @ fresh is slower in memory
         self.passes += 2
@@ -78,31 +80,34 @@ class Krylov:
         top = xp.concatenate((self.gram, columns[:, :old]), -1)
         self.gram = xp.concatenate((top, columns.swapaxes(-1, -2)), -2)
         self.cycles += 1
-        self.block = self._next_block(image, columns[:, old:])
+        self.squares, self.vectors = xp.linalg.eigh(columns[:, old:])
+        exhausted = ~self._present().all(-1)
+        self.doubtful = exhausted & ~self.refilled
+        self.refilled = exhausted
         self.previous_ritz = [self.ritz, *self.previous_ritz[:2]]
         self.ritz = xp.clip(xp.flip(xp.linalg.eigvalsh(self.gram), (-1,)), 0, None)
 
-    def _next_block(self, image: Array, gram: Array) -> Array:
-        """``image`` (b, n, w) with orthonormal columns, those that are null drawn afresh, and a few more."""
-        library = backend.of(image)
-        xp = library.xp
-        rows, width = image.shape[-2:]
-        squares, vectors = xp.linalg.eigh(gram)
-        present = squares > 1e-14 * squares[:, -1:]
-        exhausted = ~present.all(-1)
-        self.doubtful = exhausted & ~self.refilled
-        self.refilled = exhausted
+    def _present(self) -> Array:
+        """Which directions (b, w) of the last image are more than rounding noise of the strongest."""
+        return self.squares > 1e-14 * self.squares[:, -1:]
 
-        vectors = vectors * xp.where(present, squares, xp.inf)[:, None, :] ** -0.5
+    def _next_block(self) -> Array:
+        """The last image (b, n, w) with orthonormal columns, those that are null drawn afresh, and a few more."""
+        library = backend.of(self.D)
+        xp = library.xp
+        rows, width = self.W.shape[-2], self.squares.shape[-1]
+        present = self._present()
         few = max(1, width // _FRESH_SHARE)
-        drawn = few + (width if bool(exhausted.any()) else 0)
+        drawn = few + (width if bool(self.refilled.any()) else 0)
         seeds = [(seed + self.cycles * 0x9E3779B97F4A7C15) % 2**63 for seed in self.seeds]
-        fresh = backend.normal(seeds, rows, drawn, image, xp.float64) * rows**-0.5
-        block = image @ vectors
+        fresh = backend.normal(seeds, rows, drawn, self.D, self.D.dtype) * rows**-0.5
+        # A direction is only where to look next: the dtype of D is enough for it.
+        turn = self.vectors * xp.where(present, self.squares, xp.inf)[:, None, :] ** -0.5
+        block = library.cast(self.W[:, :, -width:], self.D.dtype) @ library.cast(turn, self.D.dtype)
         if drawn > few:
             block = block + fresh[..., few:] * ~present[:, None, :]
         block = xp.concatenate((block, fresh[..., :few]), -1)
-        return library.cast(block / self.unit, self.D.dtype)
+        return block / library.cast(self.unit, self.D.dtype)
 
     def outlook(self, rank: int) -> tuple[Array, Array]:
         """(energy that more cycles could still win for the first ``rank``, energy that they leave now), (b,).
