@@ -128,7 +128,7 @@ def _decompose(B: Array, A: Array, rank: int | None) -> tuple[Array, Array, Arra
         return _shaped(lead, B[..., :k], S, A[..., :k, :])
     if full < r or dtype == xp.float64:  # a Gram of more columns than rows is singular
         return _shaped(lead, *_qr_route(B, A, k))
-    gram_B, gram_A = (_turned(_double(B)) @ _double(B)), (_double(A) @ _turned(_double(A)))
+    gram_B, gram_A = _gram(B), _gram(_turned(A))
     sound = _condition(gram_B) * _condition(gram_A) > _WORST
     if bool(sound.all()):
         return _shaped(lead, *_gram_route(B, A, gram_B, gram_A, k))
@@ -166,6 +166,12 @@ def _qr_route(B: Array, A: Array, k: int) -> tuple[Array, Array, Array]:
     U, S, Vh = linalg.svd(R_B @ _turned(R_A), full_matrices=False)
     U, Vh = Q_B @ U[..., :k], Vh[..., :k, :] @ _turned(Q_A)
     return library.cast(U, B.dtype), S, library.cast(Vh, A.dtype)
+
+
+def _gram(X: Array) -> Array:
+    """X^T X in float64 from one copy of X in float64."""
+    X = _double(X)
+    return _turned(X) @ X
 
 
 def _condition(gram: Array) -> Array:
