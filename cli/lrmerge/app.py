@@ -61,4 +61,4 @@ def main() -> None:
     except Unparsed as error:
         from lrmerge.console import fail
 
-        sys.exit(fail(UsageError(error.format_message().rstrip("."))))  # type: ignore[attr-defined]
+        sys.exit(fail(UsageError(" ".join(error.format_message().split()).rstrip("."))))  # type: ignore[attr-defined]

@@ -27,7 +27,10 @@ def extract(
     rank: Annotated[
         str | None,
         typer.Option(
-            "--rank", metavar="N|auto", help="Of every module [64]; auto: above rounding noise.", rich_help_panel=RANK
+            "--rank",
+            metavar="N|auto",
+            help="Of all, default 64; auto: above rounding noise.",
+            rich_help_panel=RANK,
         ),
     ] = None,
     energy: Annotated[
@@ -108,13 +111,13 @@ def extract(
     from mergekit_lr.verbs.extract_plan import plan_extract
 
     chosen = {
-        "rank": _rank(rank),
+        "rank": opt.rank_of(rank),
         "energy": energy,
         "error": error,
         "size": size,
         "max_rank": max_rank,
         "multiple_of": multiple_of,
-        "rank_pattern": _patterns(rank_pattern or []),
+        "rank_pattern": opt.patterns_of(rank_pattern),
         "include": include or [],
         "exclude": exclude or [],
         "embeddings": embeddings,
@@ -137,28 +140,6 @@ def extract(
         emit_json(report.to_json())
     elif not quiet:
         _show(report, verbose=verbose)
-
-
-def _rank(text: str | None) -> int | str | None:
-    from mergekit_lr.errors import UsageError
-
-    if text is None or text == "auto":
-        return text
-    if not text.isdigit():
-        raise UsageError(f"--rank {text}: a number from 1, or auto")
-    return int(text)
-
-
-def _patterns(items: list[str]) -> dict[str, int]:
-    from mergekit_lr.errors import UsageError
-
-    patterns = {}
-    for item in items:
-        pattern, equals, count = item.rpartition("=")
-        if not equals or not pattern or not count.isdigit():
-            raise UsageError(f"--rank-pattern {item}: write REGEX=N, as in 'mlp\\.down_proj=32'")
-        patterns[pattern] = int(count)
-    return patterns
 
 
 def _show(report: ExtractReport, *, verbose: bool) -> None:

@@ -15,16 +15,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no t
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for every tensor.")]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", "--ram", metavar="SIZE", help="Budget of the whole process [half of what is free]."),
+    typer.Option("--memory", "--ram", metavar="SIZE", help="Of the whole process; by default half of what is free."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-j", metavar="N", help="Modules computed side by side [all cores].")
+    int | None,
+    typer.Option("--threads", "-j", metavar="N", help="Computed side by side; by default one per core."),
 ]
 Seed = Annotated[int, typer.Option("--seed", "--random-seed", metavar="N", help="Seed of the random sketches.")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16 [that of the fine-tune]."),
+    typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default that of the input."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Folder of the result.")]
 
