@@ -15,6 +15,8 @@ import torch
 from lrgpu import backend
 from lrgpu.backend import Array
 
+_RIGHT_ANGLE = 1e-10  # |cosine| below which two vectors count as orthogonal
+
 
 class Clusters(NamedTuple):
     """labels (N,) integers in 0 ... k - 1; signs (N,) of +1 and -1, all +1 unless asked for; inertia: the weighted
@@ -131,7 +133,9 @@ def _lloyd(gram: Array, weights: Array, Z: Array, iterations: int, signed: bool)
             labels[farthest] = empty
             closest[farthest] = 0
         chosen = inner[labels, everyone]
-        signs = xp.where(chosen < 0, -1.0, 1.0) if signed else diagonal * 0 + 1
+        # At a right angle, up to rounding, either sign will do: +.
+        opposed = chosen < -_RIGHT_ANGLE * xp.sqrt(abs(diagonal * norms[labels]))
+        signs = xp.where(opposed, -1.0, 1.0) if signed else diagonal * 0 + 1
         settled = clusters is not None and bool((clusters.labels == labels).all() & (clusters.signs == signs).all())
         clusters = Clusters(labels, signs, float((weights * closest).sum()))
         if settled:

@@ -123,6 +123,9 @@ def _units(factors: list[LowRank], weights: list[float], canonical: str) -> Unit
             left, right = A.norm(dim=-1, keepdim=True), B.norm(dim=-1, keepdim=True)
             ratio = torch.where((left > 0) & (right > 0), (right / left.where(left > 0, 1)).sqrt(), 1.0)
             A, B = A * ratio, B / ratio.where(ratio > 0, 1)
+        elif canonical == "svd":  # the signs of singular vectors are arbitrary
+            sign = A.gather(-1, A.abs().argmax(-1, keepdim=True)).sign()
+            A, B = A * sign, B * sign
         a.append(A)
         b.append(B)
         counts.append(torch.full((A.shape[0],), float(weight), dtype=torch.float64, device=A.device))
