@@ -18,7 +18,10 @@ def inspect(
         str | None, typer.Option("--match", "-m", metavar="REGEX", help="Only parameters whose name it is found in.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="The adapter's base, for --check and --intruders.")
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="The adapter's base, for --check, --intruders, and types that are no LoRA."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Does every key of the adapter find its module in BASE?")
@@ -40,7 +43,7 @@ def inspect(
 
     if (check or intruders) and base is None:
         raise UsageError(f"{'--check' if check else '--intruders'} needs --base BASE")
-    view = look(path, match=match)
+    view = look(path, match=match, base=base)
     if not isinstance(view, AdapterView) and (check or intruders or server):
         raise UsageError(f"{path} is a checkpoint; --check, --for and --intruders are about adapters")
     if as_json:
@@ -145,8 +148,8 @@ def _show_adapter(view: AdapterView, *, verbose: bool) -> None:
             "rank": str(m.rank),
             "scaling": f"{m.scaling:.3g}",
             "norm": f"{m.norm:.4g}",
-            "effective": f"{m.effective_rank:.1f}",
-            "99 %": str(m.rank_for(0.99)),
+            "effective": f"{m.effective_rank:.1f}" if m.singular_values else "-",
+            "99 %": str(m.rank_for(0.99)) if m.singular_values else "-",
         }
         modules.add_row(short[m.name], *(cells[header] for header in headers), spark(m.singular_values))
     out.print(modules)

@@ -52,7 +52,13 @@ def save(
     Raises:
         MismatchError: The adapter names a parameter that the layout does not have.
         FormatError: A convolution of unknown kernel, or DoRA on some weights only.
+        UsageError: A change that is no product of factors.
     """
+    if adapter.added:
+        raise UsageError(
+            f"{min(adapter.added)}: its change is no product of factors; decompose it first (lrmerge convert --to peft "
+            "with --rank, --energy or --error)"
+        )
     weights = {name: weight for name, weight in _everywhere(adapter, layout).items() if weight.delta.rank}
     weights = _with_biases(weights)
     saved = _saved_everywhere(adapter, layout)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
-from mergekit_lr.adapter.open import open_adapter
-from mergekit_lr.adapter.variants import open_variant
+from mergekit_lr.adapter.open import open_adapter, read_variant
 from mergekit_lr.adapter.variants.reading import Variant
 from mergekit_lr.adapter.variants.residual import method_of
 from mergekit_lr.checkpoint.checkpoint import Checkpoint, read_config
@@ -21,7 +20,6 @@ from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.pair import read_whole
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
-from mergekit_lr.checkpoint.safetensors import read_header, read_tensor
 from mergekit_lr.errors import FormatError, LrmergeError, MismatchError, UsageError
 from mergekit_lr.verbs.apply_change import Change
 
@@ -132,15 +130,12 @@ def _variant(base: Checkpoint, layout: Layout, folder: Path, config: Mapping[str
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FormatError(f"{file}: no such file; a PEFT adapter has one")
-    infos, metadata = read_header(file)
-    tensors = {name: read_tensor(info) for name, info in infos.items()}
-    parameters = layout.by_name
-    variant = open_variant(tensors, config, parameters, read=lambda p: read_whole(base, p), metadata=metadata)
+    variant = read_variant(folder, config, layout, lambda parameter: read_whole(base, parameter))
     made = {}
     for site in variant.sites:
         one = replace(variant, sites=(site,))
         made[f"{site.module}.weight"] = one
-        if hasattr(variant.method, "bias_delta_of") and f"{site.module}.bias" in parameters:
+        if hasattr(variant.method, "bias_delta_of") and f"{site.module}.bias" in layout.by_name:
             made[f"{site.module}.bias"] = one
     adapter = Adapter({}, variant.saved, variant.token_rows, variant.base, variant.config, variant.metadata)
     files = (file, folder / "adapter_config.json")

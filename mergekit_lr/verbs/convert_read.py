@@ -13,10 +13,8 @@ from torch import Tensor
 
 from mergekit_lr.adapter.adapter import Adapter
 from mergekit_lr.adapter.components import COMPONENTS
-from mergekit_lr.adapter.file import read_file
-from mergekit_lr.adapter.open import open_adapter
-from mergekit_lr.adapter.variants import TYPES, Variant, open_variant
-from mergekit_lr.adapter.variants.reading import REPLACING
+from mergekit_lr.adapter.open import is_computed, open_adapter, read_variant
+from mergekit_lr.adapter.variants import Variant
 from mergekit_lr.adapter.variants.residual import method_of
 from mergekit_lr.checkpoint.checkpoint import Checkpoint, read_config
 from mergekit_lr.checkpoint.hub import local_path
@@ -108,7 +106,7 @@ def _open_folder(ref: str, path: Path, base: Base | None) -> Source:
     infos, metadata = read_header(file)
     metadata = {key: value for key, value in metadata.items() if key != "format"}
     size = file.stat().st_size
-    if config.get("peft_type") in (*TYPES, *REPLACING) or method_of(config):
+    if is_computed(config):
         variant = _open_variant(path, config, base)
         adapter = Adapter({}, variant.saved, variant.token_rows, variant.base, _plain_config(config), metadata)
         return Source(ref, path, adapter, "peft", variant, infos, size)
@@ -138,8 +136,7 @@ def _open_variant(path: Path, config: dict[str, Any], base: Base | None) -> Vari
     if base is None:
         kind = method_of(config) or config["peft_type"]
         raise UsageError(f"{path}: an adapter of type {kind} needs its base to be read; give --base")
-    tensors, metadata, _ = read_file(path / PEFT_FILE)
-    return open_variant(tensors, config, base.layout.by_name, read=base.read, metadata=metadata)
+    return read_variant(path, config, base.layout, base.read)
 
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lrgpu.factored import svd_of_product
+from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight
 from mergekit_lr.adapter.open import Opened, is_adapter, open_adapter
@@ -127,11 +129,14 @@ class AdapterView:
         return asdict(self) | {"modules": modules, "total_rank": self.total_rank, "norm": self.norm}
 
 
-def inspect(ref: str | Path, *, match: str | None = None) -> CheckpointView | AdapterView:
+def inspect(
+    ref: str | Path, *, match: str | None = None, base: str | Path | Checkpoint | None = None
+) -> CheckpointView | AdapterView:
     """What is inside ``ref``: a folder, a file or a Hub id of a checkpoint or an adapter.
 
     Args:
-        ref: what to look at. match: only parameters in whose name this regular expression is found.
+        ref: what to look at. match: only parameters in whose name this regular expression is found. base: of an
+            adapter; PEFT's types that are no LoRA need it.
 
     Raises:
         LrmergeError: it cannot be read.
@@ -142,7 +147,9 @@ def inspect(ref: str | Path, *, match: str | None = None) -> CheckpointView | Ad
         raise UsageError(f"--match {match!r} is no regular expression: {error}") from None
     path = local_path(str(ref))
     if is_adapter(path):
-        return _adapter_view(str(ref), open_adapter(path), pattern)
+        return _adapter_view(
+            str(ref), open_adapter(path, base=Checkpoint.open(base) if base is not None else None), pattern
+        )
     return _checkpoint_view(Checkpoint.open(ref), pattern)
 
 
@@ -187,6 +194,7 @@ def _group(key: tuple[str, tuple[int, ...], str], entries: Sequence[Entry]) -> G
 def _adapter_view(ref: str, opened: Opened, pattern: re.Pattern[str]) -> AdapterView:
     adapter, dialect = opened
     modules = tuple(_module(name, w) for name, w in adapter.weights.items() if pattern.search(name))
+    modules += tuple(_dense_module(name, t) for name, t in adapter.added.items() if pattern.search(name))
     saved = {name: tuple(t.shape) for name, t in adapter.saved.items() if pattern.search(name)}
     if not modules and not saved:
         raise FormatError(f"{ref}: no module's name matches {pattern.pattern!r}")
@@ -202,3 +210,10 @@ def _module(name: str, weight: AdaptedWeight) -> ModuleView:
     shape = weight.shape or delta.shape
     norm = float(values.square().sum().sqrt())
     return ModuleView(name, str(weight.kind), shape, delta.rank, delta.scaling, norm, tuple(values.tolist()))
+
+
+def _dense_module(name: str, difference: Tensor) -> ModuleView:
+    """A change that is no product of factors: of full rank, its spectrum not computed."""
+    norm = float(torch.linalg.vector_norm(difference.double()))
+    full = min(difference.shape[0], difference.numel() // max(difference.shape[0], 1)) if difference.dim() else 1
+    return ModuleView(name, "dense", tuple(difference.shape), full, 1.0, norm, ())
