@@ -14,8 +14,8 @@ from lrgpu.factored import svd_of_product
 from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight
-from mergekit_lr.adapter.open import Opened, is_adapter, open_adapter
-from mergekit_lr.checkpoint.checkpoint import Checkpoint
+from mergekit_lr.adapter.open import Opened, is_adapter, is_computed, open_adapter
+from mergekit_lr.checkpoint.checkpoint import Checkpoint, read_config
 from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.pair import layout_of, read_matrix
 from mergekit_lr.checkpoint.parameter import Parameter
@@ -147,10 +147,14 @@ def inspect(
         raise UsageError(f"--match {match!r} is no regular expression: {error}") from None
     path = local_path(str(ref))
     if is_adapter(path):
-        return _adapter_view(
-            str(ref), open_adapter(path, base=Checkpoint.open(base) if base is not None else None), pattern
-        )
+        return _adapter_view(str(ref), _open(path, base), pattern)
     return _checkpoint_view(Checkpoint.open(ref), pattern)
+
+
+def _open(path: Path, base: str | Path | Checkpoint | None) -> Opened:
+    """The adapter as it is; through its base only where nothing less will do, so that a wrong base can be told."""
+    computed = path.is_dir() and is_computed(read_config(path / "adapter_config.json"))
+    return open_adapter(path, base=Checkpoint.open(base) if computed and base is not None else None)
 
 
 def _checkpoint_view(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> CheckpointView:
