@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergekit_lr.report.application import ApplyReport
     from mergekit_lr.report.compression import AdapterReport
     from mergekit_lr.report.extraction import ExtractReport
+    from mergekit_lr.report.merging import MergeReport
     from mergekit_lr.verbs.apply import apply
     from mergekit_lr.verbs.apply_plan import plan_apply
     from mergekit_lr.verbs.compare import compare
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.extract import extract
     from mergekit_lr.verbs.extract_plan import plan_extract
     from mergekit_lr.verbs.inspect import inspect
+    from mergekit_lr.verbs.merge import merge, plan_merge
 
 # Looked up when first used, so that importing the package does not import torch.
 _PLACES = {
@@ -43,12 +45,14 @@ _PLACES = {
     "ExtractReport": "mergekit_lr.report.extraction",
     "LowRank": "mergekit_lr.adapter.lowrank",
     "LrmergeError": "mergekit_lr.errors",
+    "MergeReport": "mergekit_lr.report.merging",
     "apply": "mergekit_lr.verbs.apply",
     "compress": "mergekit_lr.verbs.compress",
     "compare": "mergekit_lr.verbs.compare",
     "convert": "mergekit_lr.verbs.convert",
     "extract": "mergekit_lr.verbs.extract",
     "inspect": "mergekit_lr.verbs.inspect",
+    "merge": "mergekit_lr.verbs.merge",
     "merge_tensors": "mergekit_lr.methods.merge_tensors",
     "methods": "mergekit_lr.methods.registry",
     "open_adapter": "mergekit_lr.adapter.open",
@@ -56,6 +60,7 @@ _PLACES = {
     "plan_compress": "mergekit_lr.verbs.compress_plan",
     "plan_convert": "mergekit_lr.verbs.convert_plan",
     "plan_extract": "mergekit_lr.verbs.extract_plan",
+    "plan_merge": "mergekit_lr.verbs.merge",
 }
 __all__ = [
     "AdaptedWeight",
@@ -66,12 +71,14 @@ __all__ = [
     "ExtractReport",
     "LowRank",
     "LrmergeError",
+    "MergeReport",
     "apply",
     "compare",
     "compress",
     "convert",
     "extract",
     "inspect",
+    "merge",
     "merge_tensors",
     "methods",
     "open_adapter",
@@ -79,6 +86,7 @@ __all__ = [
     "plan_compress",
     "plan_convert",
     "plan_extract",
+    "plan_merge",
 ]
 
 

@@ -14,6 +14,9 @@ from lrmerge.convert import convert
 from lrmerge.doctor import doctor
 from lrmerge.extract import extract
 from lrmerge.inspect import inspect
+from lrmerge.merge import merge
+from lrmerge.methods import methods
+from lrmerge.plan import plan
 
 app = typer.Typer(
     name="lrmerge",
@@ -26,6 +29,9 @@ app.command()(extract)
 app.command()(compress)
 app.command()(convert)
 app.command()(apply)
+app.command()(merge)
+app.command()(plan)
+app.command()(methods)
 app.command()(inspect)
 app.command()(compare)
 app.command()(doctor)

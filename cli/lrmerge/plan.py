@@ -1,0 +1,57 @@
+"""``lrmerge plan RECIPE``: what a merge would do to every tensor, from headers alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lrmerge import merge as merging
+from lrmerge import options as opt
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file: mergekit's, or with our keys.")],
+    dtype: merging.Dtype = None,
+    shard_size: merging.ShardSize = None,
+    memory: opt.Memory = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    seed: merging.Seed = 0,
+    as_json: opt.Json = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show what happens to which tensor by which rule, and the bytes and memory that it takes. Nothing is written."""
+    from lrmerge.console import emit_json
+    from mergekit_lr.verbs.merge import plan_merge
+
+    made = plan_merge(
+        recipe, dtype=dtype, shard_size=shard_size, memory=memory, device=device, threads=threads, seed=seed
+    ).to_json()
+    emit_json(made) if as_json else show(made, verbose=verbose)
+
+
+def show(made: dict[str, Any], *, verbose: bool) -> None:
+    """Print a plan: its rules with how many tensors each has, or with -v every tensor, and the totals."""
+    from collections import Counter
+
+    from lrmerge.console import err, out, size
+
+    if verbose:
+        for tensor in made["tensors"]:
+            out.print(f"{tensor['state']} {tensor['name']}: {tensor['rule']}", soft_wrap=True)
+    else:
+        # A copy names its source, which differs from tensor to tensor.
+        rules = Counter(f"{t['state']}: {t['rule']}" if t["state"] == "merged" else t["state"] for t in made["tensors"])
+        for rule, count in rules.items():
+            out.print(f"{count} {rule}", soft_wrap=True)
+    for note in made["notes"]:
+        err.print(f"note: {note}", style="yellow", soft_wrap=True)
+    states = ", ".join(f"{count} {state}" for state, count in made["states"].items())
+    written = f", {size(made['written_bytes'])} to write" if "written_bytes" in made else ""
+    what = "adapters" if "space" in made else "models"
+    out.print(
+        f"{made['method']} of {len(made['models'])} {what}: {states}; {size(made['read_bytes'])} to read{written}, {made['batches']} batches on {made['device']} with "
+        f"{made['workers']} workers, peak memory {size(made['peak_bytes'])}",
+        soft_wrap=True,
+    )

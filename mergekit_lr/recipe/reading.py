@@ -1,0 +1,293 @@
+"""Reading a recipe: YAML with line numbers, the schema, and what the schema cannot know; every mistake is one line.
+
+A file may hold several documents; those before the last have a ``name`` by which later ones use their result. Without
+``version`` mergekit's rules hold: an unknown key is a note and not an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mergekit_lr.errors import FormatError, LrmergeError, UsageError
+from mergekit_lr.methods.registry import Method, find
+from mergekit_lr.recipe.mergekit import WITHOUT_EFFECT, defaults
+from mergekit_lr.recipe.parameters import check_setting, known, renamed
+from mergekit_lr.recipe.schema import Document
+
+Path_ = tuple[str | int, ...]
+WAYS = ("models", "slices", "adapters")
+
+
+class Place(NamedTuple):
+    """Where a document stands: the file, and the line of every key and entry."""
+
+    file: str
+    lines: dict[Path_, int]
+
+    def error(self, path: Path_, message: str) -> UsageError:
+        """The error ``message`` at ``path`` of the document, with the line of the nearest thing that has one."""
+        where = ".".join(map(str, path))
+        while path and path not in self.lines:
+            path = path[:-1]
+        line = self.lines.get(path)
+        return UsageError(f"{self.file}{f' line {line}' if line else ''}: {f'{where}: ' if where else ''}{message}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One checked document.
+
+    document: its keys. method: what it runs. place: for errors. content: as it was given. notes: what was ignored.
+    shared: parameters for all models. single: those of each of ``models`` or ``adapters``.
+    """
+
+    document: Document
+    method: Method
+    place: Place
+    content: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def references(self) -> list[str]:
+        """Every model that it names, each once, the base first."""
+        doc = self.document
+        named = [doc.base_model] if doc.base_model else []
+        named += [entry.model for entry in doc.models or ()]
+        named += [source.model for part in doc.slices or () for source in part.sources]
+        return list(dict.fromkeys(named))
+
+    def changed(self, content: dict[str, Any]) -> Recipe:
+        """The recipe with another content of the same form, at its place."""
+        return _checked(content, self.place)
+
+
+def read_recipes(source: str | Path | Mapping[str, Any] | Recipe) -> list[Recipe]:
+    """The documents of a recipe file, or the one that a mapping is.
+
+    Raises:
+        FormatError: no such file, or no YAML.
+        UsageError: an unknown key, a wrong value, a method or parameter that does not exist; with its line.
+    """
+    if isinstance(source, Recipe):
+        return [source]
+    if isinstance(source, Mapping):
+        return [_checked(dict(source), Place("recipe", {}))]
+    path = Path(source).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: no recipe that can be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise FormatError(f"{path}{where}: no YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+    if not nodes:
+        raise FormatError(f"{path}: the recipe is empty")
+    recipes = [_from_node(node, str(path)) for node in nodes]
+    names = [recipe.document.name for recipe in recipes]
+    for recipe, name in zip(recipes[:-1], names[:-1], strict=True):
+        if name is None or names.count(name) > 1:
+            raise recipe.place.error((), "every document before the last needs a 'name' of its own for later ones")
+    return recipes
+
+
+def _from_node(node: yaml.Node, file: str) -> Recipe:
+    place = Place(file, dict(_lines(node, (), file)))
+    loader = yaml.SafeLoader("")
+    try:
+        content = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise FormatError(f"{file} line {node.start_mark.line + 1}: no YAML ({error.__class__.__name__})") from None
+    finally:
+        loader.dispose()
+    if not isinstance(content, dict):
+        raise place.error((), "a recipe is a mapping of keys such as merge_method and models")
+    return _checked(content, place)
+
+
+def _lines(node: yaml.Node, path: Path_, file: str) -> Iterator[tuple[Path_, int]]:
+    yield path, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise UsageError(f"{file} line {key.start_mark.line + 1}: the key {key.value!r} stands here twice")
+            seen.add(key.value)
+            yield from _lines(value, (*path, key.value), file)
+            yield (*path, key.value), key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _lines(value, (*path, i), file)
+
+
+def _checked(content: dict[str, Any], place: Place) -> Recipe:
+    document, notes = _validated(content, place)
+    if document.modules is not None:
+        raise place.error(("modules",), "merging module by module is not supported; use models or slices")
+    ways = [way for way in WAYS if getattr(document, way) is not None]
+    if len(ways) != 1:
+        found = " and ".join(ways) or "none"
+        raise place.error((), f"exactly one of models, slices and adapters is needed, got {found}")
+    if document.tokenizer and document.tokenizer_source:
+        raise place.error(("tokenizer_source",), "tokenizer and tokenizer_source say the same; give one")
+    try:
+        method = find(document.merge_method)
+    except LrmergeError as error:
+        raise place.error(("merge_method",), str(error)) from None
+    assumed = defaults(method) if document.version is None else {}
+    recipe = Recipe(document, method, place, content, tuple(notes), assumed | renamed(document.parameters))
+    recipe = replace(recipe, notes=(*recipe.notes, *_check_parameters(recipe)))
+    _check_space(recipe)
+    _check_patterns(recipe)
+    return recipe
+
+
+def _validated(content: dict[str, Any], place: Place) -> tuple[Document, list[str]]:
+    """The document; what mergekit would not have minded is left out and noted."""
+    notes: list[str] = []
+    while True:
+        try:
+            return Document.model_validate(content), notes
+        except ValidationError as error:
+            # A misspelt key is at once unknown and missing: the first says more.
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+            path = tuple(first["loc"])
+            problem = place.error(path, _said(first, path))
+            if first["type"] != "extra_forbidden" or "version" in content:
+                raise problem from None
+            notes.append(f"{problem}; ignored")
+            content = _without(content, path)
+
+
+def _said(error: Any, path: Path_) -> str:
+    """What pydantic found, in our words."""
+    match error["type"]:
+        case "extra_forbidden":
+            fields = _fields_at(path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), fields, 1, 0.0)
+            return f"unknown key, did you mean {near[0]!r}?" if near else "unknown key"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case _:
+            return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _fields_at(path: Path_) -> list[str]:
+    """The keys that the schema knows at ``path``."""
+    model: Any = Document
+    for key in (key for key in path if isinstance(key, str)):
+        model = _model_in(model.model_fields[key].annotation)
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model that an annotation such as ``list[ModelEntry] | None`` speaks of; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+
+
+def _without(content: Any, path: Path_) -> Any:
+    if isinstance(content, dict):
+        return {k: _without(v, path[1:]) if k == path[0] else v for k, v in content.items() if (k,) != path}
+    return [_without(v, path[1:]) if i == path[0] else v for i, v in enumerate(content)]
+
+
+def _scopes(recipe: Recipe) -> Iterator[tuple[Path_, dict[str, Any], bool]]:
+    """Every ``parameters`` with its path, and whether it belongs to one model."""
+    doc = recipe.document
+    yield ("parameters",), doc.parameters or {}, False
+    for way in ("models", "adapters"):
+        for i, entry in enumerate(getattr(doc, way) or ()):
+            yield (way, i, "parameters"), entry.parameters or {}, True
+    for i, part in enumerate(doc.slices or ()):
+        yield ("slices", i, "parameters"), part.parameters or {}, False
+        for j, source in enumerate(part.sources):
+            yield ("slices", i, "sources", j, "parameters"), source.parameters or {}, True
+
+
+def _check_parameters(recipe: Recipe) -> list[str]:
+    """Raise for a parameter that the method does not have or whose value it does not take; notes on ignored ones."""
+    notes, method = [], recipe.method
+    lenient = recipe.document.version is None
+    try:
+        options = known(method, [recipe.shared])
+    except LrmergeError as error:
+        raise recipe.place.error(("parameters", "inner"), str(error)) from None
+    for path, scope, single in _scopes(recipe):
+        for given, setting in scope.items():
+            key = next(iter(renamed({given: None})))
+            here = (*path, given)
+            if given in WITHOUT_EFFECT and lenient:
+                continue
+            if key not in options:
+                near = difflib.get_close_matches(key, options, 1, 0.0)
+                hint = f"did you mean {near[0]!r}?" if near else "it has none"
+                problem = recipe.place.error(here, f"{method.name} has no such parameter, {hint}")
+            elif single and not options[key].per_model:
+                problem = recipe.place.error(here, f"{method.name} takes one for all models; move it to parameters")
+            else:
+                try:
+                    check_setting(setting, key, options[key], method)
+                except LrmergeError as error:
+                    raise recipe.place.error(here, str(error)) from None
+                continue
+            if not lenient:
+                raise problem
+            notes.append(f"{problem}; ignored")
+    scopes = [scope for path, scope, _ in _scopes(recipe) if path[0] == "parameters" or path[0] == "slices"]
+    for key, parameter in method.parameters.items():
+        if parameter.required and not any(key in renamed(scope) for scope in scopes):
+            raise recipe.place.error(("merge_method",), f"{method.name} needs the parameter {key!r}")
+    return notes
+
+
+def _check_space(recipe: Recipe) -> None:
+    """Raise where inputs, space and output do not go with the method or with each other."""
+    doc, method, error = recipe.document, recipe.method, recipe.place.error
+    chosen = [key for key in ("rank", "energy", "size") if getattr(doc.output, key) is not None]
+    if len(chosen) > 1:
+        raise error(("output", chosen[1]), f"{chosen[0]} chooses the rank already; give one")
+    if doc.adapters is None:
+        if doc.space != "full":
+            raise error(("space",), f"the space {doc.space!r} is for adapters; models are merged in full")
+        if method.takes == "factors":
+            raise error(("merge_method",), f"{method.name} merges adapters; list them under adapters")
+        if doc.output.kind == "adapter" or chosen:
+            key = "kind" if doc.output.kind == "adapter" else chosen[0]
+            raise error(("output", key), "models merge into a model; extract takes an adapter out of it")
+    else:
+        if doc.space not in method.spaces:
+            spaces = ", ".join(method.spaces)
+            raise error(("space",), f"{method.name} does not run in the space {doc.space!r}; choose {spaces}")
+        if method.takes == "weights" and (method.base == "required" or not method.factored):
+            raise error(("merge_method",), f"{method.name} merges whole weights; list models, or choose another method")
+        if doc.output.kind == "model" and doc.base_model is None:
+            raise error(("output", "kind"), "a model needs the base_model that the adapters go onto")
+        if doc.output.kind != "model" and doc.output.shard_size is not None:
+            raise error(("output", "shard_size"), "an adapter is one file; shard_size is for kind: model")
+        if doc.tokenizer or doc.tokenizer_source or doc.chat_template:
+            key = next(k for k in ("tokenizer", "tokenizer_source", "chat_template") if getattr(doc, k))
+            raise error((key,), "adapters bring no tokenizer; leave it out")
+
+
+def _check_patterns(recipe: Recipe) -> None:
+    for key in ("include", "exclude"):
+        for i, pattern in enumerate(getattr(recipe.document.targets, key)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problem = f"{pattern!r} is no regular expression: {error}"
+                raise recipe.place.error(("targets", key, i), problem) from None

@@ -1,0 +1,196 @@
+"""Merge models or adapters by a recipe: mergekit's YAML unchanged, or ours (``mergekit_lr.recipe``).
+
+Headers first: what happens to every tensor is decided before one is read (``plan_merge``). Then batches of tensors
+stream through read, merge and write, straight to their places in the output's shards.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.folder import OutputFolder
+from mergekit_lr.checkpoint.shards import MemoryOutput, ShardedOutput
+from mergekit_lr.checkpoint.writer import out_of_space
+from mergekit_lr.errors import CapacityError, UsageError
+from mergekit_lr.graph.journal import Journal, fingerprint
+from mergekit_lr.graph.run import Progress, run
+from mergekit_lr.recipe.reading import Recipe, read_recipes
+from mergekit_lr.report.manifest import describe, versions
+from mergekit_lr.report.merging import MergeReport
+from mergekit_lr.verbs.merge_adapter_plan import AdapterPlan, plan_adapters
+from mergekit_lr.verbs.merge_adapters import merge_to_adapter, merge_to_model
+from mergekit_lr.verbs.merge_compute import Merging
+from mergekit_lr.verbs.merge_plan import MergePlan, plan_models
+from mergekit_lr.verbs.merge_result import report_of, write_beside
+
+KEYS = ("model", "base_model", "adapter")  # that name a model
+Given = str | Path | Mapping[str, Any] | Recipe
+
+
+def merge(
+    recipe: Given,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merge what a recipe says and write the model, or the adapter.
+
+    Args:
+        recipe: a YAML file, of which the last document is the result and those before it are merged first; or one
+            document as a mapping or a ``Recipe``.
+        out: folder of the result; None keeps it in memory (``report.result`` or ``report.adapter``).
+        overwrite: replace an earlier result at ``out``. resume: continue a run that was cut off.
+        progress: called with (bytes done, bytes in all, name) as batches finish.
+        dtype: of the result, before what the recipe says. shard_size: cut files anew, ``"5GB"``. memory, device,
+            threads: see ``resources``. seed: of methods that draw.
+
+    Returns:
+        What was done to every tensor by which rule; also written as ``lrmerge.json``.
+
+    Raises:
+        LrmergeError: a wrong recipe, bad input or a failed run; nothing is left at ``out``.
+    """
+    *before, last = read_recipes(recipe)
+    if not before:
+        return _merge(last, out, overwrite=overwrite, resume=resume, progress=progress, **options)
+    if out is None:
+        raise UsageError("a recipe of several documents is merged on the disk: name OUT")
+    parts = Path(out).with_name(f"{Path(out).name}.parts")
+    made: dict[str, str] = {}
+    for one in before:
+        name = str(one.document.name)
+        folder = parts / name
+        if not (resume and folder.exists()):
+            _merge(_with_results(one, made), folder, overwrite=True, resume=resume, progress=progress, **options)
+        made[name] = str(folder)
+    report = _merge(_with_results(last, made), out, overwrite=overwrite, resume=resume, progress=progress, **options)
+    shutil.rmtree(parts)
+    return report
+
+
+def plan_merge(recipe: Given, **options: Any) -> MergePlan | AdapterPlan:
+    """The plan of ``merge`` with the same arguments; reads headers, and the adapters.
+
+    Raises:
+        UsageError: a recipe of several documents, whose later ones merge what does not exist yet.
+    """
+    first, *more = read_recipes(recipe)
+    if more:
+        raise UsageError(f"{recipe}: a plan is of one document; here are {1 + len(more)}, and later ones need results")
+    return _plan(first, options)
+
+
+def _plan(recipe: Recipe, options: dict[str, Any]) -> MergePlan | AdapterPlan:
+    return plan_models(recipe, **options) if recipe.document.adapters is None else plan_adapters(recipe, **options)
+
+
+def _merge(
+    recipe: Recipe,
+    out: str | Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: Callable[[Progress], None] | None,
+    **options: Any,
+) -> MergeReport:
+    started = time.perf_counter()
+    plan = _plan(recipe, options)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
+            journal = Journal(Path(scratch), "")
+            if isinstance(plan, AdapterPlan):
+                return merge_to_adapter(plan, journal, None, progress, started)
+            memory = MemoryOutput(plan.outputs, {})
+            _compute(plan, memory, journal, progress)
+            return replace(report_of(plan, journal, None, started), result=memory.tensors)
+    folder = OutputFolder(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan))
+    try:
+        journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
+        if isinstance(plan, MergePlan):
+            report = _merge_models(plan, journal, folder, progress, started)
+        elif plan.kind == "model":
+            report = merge_to_model(plan, journal, folder, progress, started)
+        else:
+            report = merge_to_adapter(plan, journal, folder, progress, started)
+        journal.close()
+        folder.finish()
+    except OSError as problem:
+        folder.discard()
+        raise out_of_space(problem, folder.out) from None
+    except Exception:
+        folder.discard()
+        raise
+    return report
+
+
+def _merge_models(
+    plan: MergePlan, journal: Journal, folder: OutputFolder, progress: Callable[[Progress], None] | None, started: float
+) -> MergeReport:
+    there = sum(file.stat().st_blocks * 512 for file in folder.partial.iterdir())
+    free = shutil.disk_usage(folder.partial).free + there
+    if free < plan.written:
+        raise CapacityError(
+            f"{folder.out}: the result takes {plan.written / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; free "
+            "some, or choose another output folder"
+        )
+    metadata = plan.template.checkpoint.metadata
+    shards = ShardedOutput(folder.partial, plan.files, metadata=metadata, resume=journal.resumed > 0)
+    _compute(plan, shards, journal, progress)
+    shards.finish(index=plan.index)
+    return write_beside(plan, report_of(plan, journal, str(folder.out), started), folder.partial, started)
+
+
+def _compute(
+    plan: MergePlan,
+    output: ShardedOutput | MemoryOutput,
+    journal: Journal,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Run every batch that is not in the journal yet."""
+    work = Merging(plan, output, journal)
+    left = plan.schedule.without(journal)
+    run(left, read=work.read, compute=work.compute, write=work.write, progress=progress)
+
+
+def _inputs(plan: MergePlan | AdapterPlan) -> list[Path]:
+    """Folders that the run reads, which it must never replace."""
+    if isinstance(plan, AdapterPlan):
+        return list(plan.inputs)
+    folders = [source.checkpoint.folder for source in plan.sources.values() if source.checkpoint.folder]
+    return folders + [file.parent for source in plan.sources.values() for file in source.files]
+
+
+def _fingerprint(plan: MergePlan | AdapterPlan) -> str:
+    """What must be the same for a journal to be continued: recipe, options, inputs; not where or how fast they run."""
+    options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
+    if isinstance(plan, AdapterPlan):
+        checkpoints, files = [plan.base] if plan.base else [], list(plan.files)
+    else:
+        checkpoints = [source.checkpoint for source in plan.sources.values()]
+        files = [file for source in plan.sources.values() for file in source.files]
+    files += [file for checkpoint in checkpoints if checkpoint.folder for file in checkpoint.files]
+    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    # Tensors in memory bear no mark of their content: such a run always starts anew.
+    unknown = uuid.uuid4().hex if any(c.folder is None for c in checkpoints) else ""
+    return fingerprint(plan.recipe.content, options, [describe(c) for c in checkpoints], stats, versions(), unknown)
+
+
+def _with_results(recipe: Recipe, made: Mapping[str, str]) -> Recipe:
+    """``recipe`` with the folder of a result wherever it names an earlier document."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: made.get(v, v) if k in KEYS and isinstance(v, str) else changed(v) for k, v in value.items()}
+        return [changed(entry) for entry in value] if isinstance(value, list) else value
+
+    return recipe.changed(changed(recipe.content))

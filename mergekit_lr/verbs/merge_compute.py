@@ -1,0 +1,120 @@
+"""The stages of merging models: read every model's tensor, merge a batch of equal ones, round once and write."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.checkpoint.shards import Output
+from mergekit_lr.errors import FormatError, LrmergeError
+from mergekit_lr.graph.journal import Journal
+from mergekit_lr.graph.schedule import Batch
+from mergekit_lr.methods.delta import widened
+from mergekit_lr.methods.merge_tensors import merge_tensors
+from mergekit_lr.verbs.apply_change import squared
+from mergekit_lr.verbs.merge_layers import Input, Job
+from mergekit_lr.verbs.merge_plan import MergePlan, is_copy, origin_of
+
+
+class Done(NamedTuple):
+    """A tensor of the result in its dtype, and figures that JSON can hold."""
+
+    tensor: Tensor
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The three stages of one run; ``write`` is called from one thread."""
+
+    plan: MergePlan
+    output: Output
+    journal: Journal
+
+    def read(self, batch: Batch) -> list[list[Tensor]]:
+        """For every node its inputs, and behind them its base where it has one."""
+        return [[item.source.read(item.name) for item in self._used(node.work)] for node in batch.nodes]
+
+    def compute(self, batch: Batch, inputs: list[list[Tensor]]) -> list[Done]:
+        """The merged tensors of a batch, all of one shape and with one set of arguments."""
+        jobs: list[Job] = [node.work for node in batch.nodes]
+        if is_copy(self.plan.recipe, jobs[0]):
+            return [self._stored(job, held[0], held) for job, held in zip(jobs, inputs, strict=True)]
+        merged = self._merged(jobs, inputs)
+        return [self._stored(job, one, held) for job, one, held in zip(jobs, merged, inputs, strict=True)]
+
+    def write(self, batch: Batch, done: list[Done]) -> None:
+        """Put every tensor at its place, then say in the journal that it is there."""
+        for node, one in zip(batch.nodes, done, strict=True):
+            self.output.write(node.name, 0, one.tensor)
+        for node, one in zip(batch.nodes, done, strict=True):
+            self.journal.add(node.name, {}, one.figures)
+
+    def _used(self, job: Job) -> list[Input]:
+        if is_copy(self.plan.recipe, job):
+            return [origin_of(self.plan.recipe, job)]
+        return [*job.inputs, *([job.base] if job.base is not None else [])]
+
+    def _merged(self, jobs: list[Job], inputs: list[list[Tensor]]) -> list[Tensor]:
+        job, shape, device = jobs[0], inputs[0][0].shape, self.plan.resources.device
+        vectors = len(shape) < 2
+        names = [job.name for job in jobs]
+        if len(jobs) == 1:
+            columns = [self._matrix(jobs[0], tensor.to(device)) for tensor in inputs[0]]
+            matrices = math.prod(columns[0].shape[:-2]) if columns[0].ndim > 2 else 1
+            names = names if matrices == 1 else [f"{job.name}[{i}]" for i in range(matrices)]
+        else:
+            columns = [torch.stack(column).to(device) for column in zip(*inputs, strict=True)]
+        models = columns[: len(job.inputs)]
+        base = widened(columns[-1]) if job.base is not None else None
+        # The result has the dtype of the first input: wide, so that it is rounded once, on write.
+        models[0] = widened(models[0])
+        try:
+            merged = merge_tensors(
+                self.plan.recipe.method.name,
+                models,
+                base=base,
+                seed=self.plan.seed,
+                name_of_tensor=names if len(names) > 1 else names[0],
+                models=[f"{i}" for i in range(len(models))],
+                vectors=vectors and len(jobs) > 1,
+                **job.arguments,
+            )
+        except LrmergeError as error:
+            raise type(error)(f"{names[0]}: {error}") from None
+        dense = merged.dense() if isinstance(merged, LowRank) else merged
+        return list(dense.cpu().unbind()) if len(jobs) > 1 else [dense.cpu().reshape(shape)]
+
+    def _matrix(self, job: Job, tensor: Tensor) -> Tensor:
+        """A convolution's kernel flat behind its first axis; a stack of matrices as it is."""
+        return tensor.flatten(1) if tensor.ndim > 2 and job.template.name in job.template.source.flat else tensor
+
+    def _stored(self, job: Job, exact: Tensor, held: list[Tensor]) -> Done:
+        """The tensor rounded, with its distance from the template's and what rounding lost."""
+        dtype = self.plan.outputs[job.name][0]
+        if is_copy(self.plan.recipe, job):
+            return Done(exact if exact.dtype is dtype else exact.to(dtype), {})
+        # A sum of all entries is finite only where each of them is.
+        if not math.isfinite(float(exact.sum())):
+            self._refuse_nan(job, exact, held)
+        stored = exact.to(dtype)
+        lost = 0.0 if stored.dtype is exact.dtype else squared(stored.to(exact.dtype) - exact)
+        if not math.isfinite(lost):
+            narrow = str(dtype).removeprefix("torch.")
+            raise FormatError(f"{job.name}: a new value is too large for {narrow}; choose another dtype")
+        origin = held[-1] if job.base is not None else held[0]
+        return Done(stored, {"change": squared(exact - origin.to(exact.dtype).reshape(exact.shape)), "rounding": lost})
+
+    def _refuse_nan(self, job: Job, exact: Tensor, held: list[Tensor]) -> None:
+        """Say where a NaN or Inf comes from, if there is one: a sum may also be too large by itself."""
+        for item, tensor in zip(self._used(job), held, strict=True):
+            if not bool(torch.isfinite(tensor.float()).all()):
+                raise FormatError(f"{item.source.ref}: tensor {item.name} holds NaN or Inf; the checkpoint is damaged")
+        if not bool(torch.isfinite(exact).all()):
+            name = self.plan.recipe.method.name
+            raise FormatError(f"{job.name}: {name} gives NaN or Inf with {job.arguments}; choose other parameters")

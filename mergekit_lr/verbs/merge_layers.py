@@ -1,0 +1,198 @@
+"""Which tensors of which models become which tensor of the result: whole models, or slices of layers put in a row.
+
+Layers come from the ranges of each slice; a tensor outside of them comes from the first slice's models if it is a
+table of embeddings, from the last slice's otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mergekit_lr.errors import MismatchError
+from mergekit_lr.recipe.parameters import arguments, renamed
+from mergekit_lr.recipe.reading import Path_, Recipe
+from mergekit_lr.verbs.merge_sources import Source
+
+
+class Given(NamedTuple):
+    """One model of a slice: its layers ``first`` to ``end``, and its own parameters."""
+
+    source: Source
+    first: int
+    end: int
+    parameters: dict[str, Any]
+
+
+class Slice(NamedTuple):
+    """Some layers of the result, and the parameters that hold for all models there."""
+
+    given: tuple[Given, ...]
+    parameters: dict[str, Any]
+
+
+class Input(NamedTuple):
+    """A tensor of a model, by its common name."""
+
+    source: Source
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One tensor of the result.
+
+    inputs: of each model that is merged. base: what deltas are relative to, if anything. arguments: of the method.
+    template: whose header the result has. merged: False for a tensor that ``targets`` leaves as the template's.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
+    base: Input | None
+    arguments: dict[str, Any]
+    template: Input
+    merged: bool = True
+
+
+def slices_of(recipe: Recipe, sources: dict[str, Source]) -> list[Slice]:
+    """The slices of a recipe; ``models`` are one slice of all layers.
+
+    Raises:
+        UsageError: a range outside of its model, or ranges of unequal length; with its line.
+    """
+    doc = recipe.document
+    if doc.models is not None:
+        given = (Given(sources[m.model], 0, sources[m.model].layers.count, renamed(m.parameters)) for m in doc.models)
+        return [Slice(tuple(given), {})]
+    found = []
+    for i, part in enumerate(doc.slices or ()):
+        given = []
+        for j, entry in enumerate(part.sources):
+            source, (first, end) = sources[entry.model], entry.layer_range
+            path: Path_ = ("slices", i, "sources", j, "layer_range")
+            if not 0 <= first < end <= source.layers.count:
+                raise recipe.place.error(
+                    path, f"[{first}, {end}] is no range of the {source.layers.count} layers of {entry.model}"
+                )
+            if given and end - first != given[0].end - given[0].first:
+                expected = given[0].end - given[0].first
+                raise recipe.place.error(path, f"{end - first} layers, the first source of the slice has {expected}")
+            given.append(Given(source, first, end, renamed(entry.parameters)))
+        found.append(Slice(tuple(given), renamed(part.parameters)))
+    return found
+
+
+def jobs_of(recipe: Recipe, slices: Sequence[Slice], base: Source | None) -> Iterator[Job]:
+    """Every tensor of the result, in the order of the first model that has it.
+
+    Raises:
+        MismatchError: a model lacks a tensor or has it in another shape. UsageError: too few or many models.
+    """
+    above = 0
+    for part in slices:
+        lead = part.given[0]
+        count = lead.end - lead.first
+        for name in _names(part):
+            layer = lead.source.layers.of(name)
+            if layer is None:
+                where = slices[0] if name in lead.source.tables else slices[-1]
+                if where is part:
+                    yield _job(recipe, part, base, name, 0, name, 0.0)
+            elif lead.first <= layer < lead.end:
+                at = layer - lead.first
+                depth = at / (count - 1) if count > 1 else 1.0
+                yield _job(recipe, part, base, name, at, lead.source.layers.moved(name, above + at), depth)
+        above += count
+
+
+def _names(part: Slice) -> list[str]:
+    """The tensors of a slice under the first model's names: its own, and those that others have besides."""
+    names = dict.fromkeys(part.given[0].source.headers)
+    for given in part.given[1:]:
+        offset = part.given[0].first - given.first
+        for name in given.source.headers:
+            layer = given.source.layers.of(name)
+            if layer is None:
+                names.setdefault(name)
+            elif given.first <= layer < given.end:
+                names.setdefault(given.source.layers.moved(name, layer + offset))
+    return list(names)
+
+
+def _job(recipe: Recipe, part: Slice, base: Source | None, name: str, at: int, out: str, t: float) -> Job:
+    method, lead = recipe.method, part.given[0]
+
+    def own(source: Source, first: int) -> Input:
+        moved = name if lead.source.layers.of(name) is None else source.layers.moved(name, first + at)
+        return _present(source, moved, out)
+
+    inputs = [own(given.source, given.first) for given in part.given]
+    scopes = [given.parameters for given in part.given]
+    origin = None
+    if base is not None:
+        listed = next((i for i, given in enumerate(part.given) if given.source is base), None)
+        origin = inputs[listed] if listed is not None else own(base, lead.first)
+        if method.name == "slerp":  # t = 0 is the base, wherever it stands in the list
+            if listed is not None:
+                inputs.insert(0, inputs.pop(listed))
+                scopes.insert(0, scopes.pop(listed))
+            else:
+                inputs.insert(0, origin)
+                scopes.insert(0, {})
+        elif listed is not None and (method.takes == "deltas" or method.base != "none"):
+            del inputs[listed], scopes[listed]
+    used = origin if method.takes == "deltas" or method.base != "none" else None
+    template = origin if origin is not None else inputs[0]
+    every = inputs if origin is None else [*inputs, origin]
+    _same_shape(every, out)
+    merged = _wanted(recipe, out) and template.source.headers[_held(template)][0].is_floating_point
+    _count(recipe, len(inputs))
+    found = arguments(method, scopes, [part.parameters, recipe.shared], [i.name for i in inputs], out, t)
+    return Job(out, tuple(inputs), used, found, template, merged)
+
+
+def _held(item: Input) -> str:
+    return item.source.aliases.get(item.name, item.name)
+
+
+def _present(source: Source, name: str, out: str) -> Input:
+    if name not in source.headers and name not in source.aliases:
+        raise MismatchError(f"{source.ref}: has no tensor {name}, which {out} is merged from; is it of another model?")
+    return Input(source, name)
+
+
+def _same_shape(inputs: Sequence[Input], out: str) -> None:
+    first = inputs[0]
+    shape = first.source.headers[_held(first)][1]
+    for other in inputs[1:]:
+        found = other.source.headers[_held(other)][1]
+        if found == shape:
+            continue
+        tables = first.source.tables
+        vocabulary = len(shape) == 2 and shape[1:] == found[1:] and (_held(first) in tables or "head" in out)
+        why = (
+            "vocabularies of different size are not merged; give all models the same rows"
+            if vocabulary
+            else "they are of different models"
+        )
+        raise MismatchError(
+            f"{out} has shape {list(shape)} in {first.source.ref} and {list(found)} in {other.source.ref}: {why}"
+        )
+
+
+def _wanted(recipe: Recipe, name: str) -> bool:
+    targets = recipe.document.targets
+    if any(re.search(pattern, name) for pattern in targets.exclude):
+        return False
+    return not targets.include or any(re.search(pattern, name) for pattern in targets.include)
+
+
+def _count(recipe: Recipe, count: int) -> None:
+    least, most = recipe.method.models
+    if count < least or (most is not None and count > most):
+        wanted = str(least) if least == most else f"{least} or more"
+        beside = " beside base_model" if recipe.method.takes == "deltas" or recipe.method.base == "required" else ""
+        way = "models" if recipe.document.models is not None else "slices"
+        raise recipe.place.error((way,), f"{recipe.method.name} merges {wanted}{beside}, got {count}")

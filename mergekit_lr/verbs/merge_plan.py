@@ -1,0 +1,234 @@
+"""What a merge of models will do to every tensor, from headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mergekit_lr.checkpoint.shards import Files, Header, as_in, cut_at, has_index
+from mergekit_lr.checkpoint.writer import total_bytes
+from mergekit_lr.errors import UsageError
+from mergekit_lr.graph.node import Cost, Node
+from mergekit_lr.graph.resources import Resources, parse_size, resources
+from mergekit_lr.graph.schedule import Schedule, schedule
+from mergekit_lr.recipe.reading import Recipe
+from mergekit_lr.verbs.apply_plan import DTYPES
+from mergekit_lr.verbs.merge_config import merged_config
+from mergekit_lr.verbs.merge_layers import Input, Job, Slice, jobs_of, slices_of
+from mergekit_lr.verbs.merge_sources import Source, open_source
+from mergekit_lr.verbs.merge_tokenizer import check_tokenizer
+
+SHARD = 5 * 10**9  # bytes of a file where the layers are put together anew
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Everything that a merge of models will do.
+
+    template: the model whose config, tokenizer and files the result follows. jobs: one per tensor. outputs: dtype and
+    shape of each. states: tensor to what happens to it: merged, copied or converted. rules: to how, in words.
+    """
+
+    recipe: Recipe
+    sources: dict[str, Source]
+    template: Source
+    jobs: tuple[Job, ...]
+    outputs: dict[str, Header]
+    files: Files
+    index: bool
+    config: dict[str, Any]
+    states: dict[str, str]
+    rules: dict[str, str]
+    schedule: Schedule
+    resources: Resources
+    notes: tuple[str, ...]
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def written(self) -> int:
+        """Bytes of all tensors of the result."""
+        return total_bytes(self.outputs.values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the process may hold at most."""
+        return self.resources.memory - self.resources.working + self.schedule.peak
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan, ready for JSON."""
+        return {
+            "method": self.recipe.method.name,
+            "kind": "model",
+            "models": list(self.sources),
+            "options": self.options,
+            "read_bytes": self.schedule.cost.read,
+            "written_bytes": self.written,
+            "peak_bytes": self.peak,
+            "batches": len(self.schedule.batches),
+            "workers": self.resources.workers,
+            "device": str(self.resources.device),
+            "files": {name: total_bytes(held.values()) for name, held in self.files.items()},
+            "notes": list(self.notes),
+            "states": dict(Counter(self.states.values())),
+            "tensors": [
+                {"name": name, "state": state, "rule": self.rules[name], "bytes": total_bytes([self.outputs[name]])}
+                for name, state in self.states.items()
+            ],
+        }
+
+
+def plan_models(
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+    shard_size: str | int | None = None,
+    memory: str | int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> MergePlan:
+    """The plan of merging the ``models`` or ``slices`` of a recipe; reads headers only."""
+    doc = recipe.document
+    dtype = chosen_dtype(recipe, dtype)
+    size = shard_size if shard_size is not None else doc.output.shard_size
+    options = {"dtype": dtype, "shard_size": size, "memory": memory, "device": device, "threads": threads, "seed": seed}
+    if recipe.method.takes == "deltas" and doc.base_model is None:
+        raise recipe.place.error((), f"{recipe.method.name} merges differences from a base: base_model is missing")
+    if recipe.method.base == "required" and doc.base_model is None:
+        raise recipe.place.error((), f"{recipe.method.name} needs a base: base_model is missing")
+    sources = {ref: open_source(ref, device=device) for ref in recipe.references}
+    base = sources[doc.base_model] if doc.base_model else None
+    slices = slices_of(recipe, sources)
+    template = base or slices[0].given[0].source
+    jobs = tuple(jobs_of(recipe, slices, base))
+    outputs = {job.name: _header(job, DTYPES[dtype] if dtype else None) for job in jobs}
+    for source in sources.values():
+        check_tokenizer(recipe, template.checkpoint, source.checkpoint)
+    available = resources(device=device, memory=memory, threads=threads)
+    return MergePlan(
+        recipe=recipe,
+        sources=sources,
+        template=template,
+        jobs=jobs,
+        outputs=outputs,
+        files=_files(template, outputs, slices, size),
+        index=size is None and doc.models is not None and has_index(template.checkpoint),
+        config=merged_config(template, outputs, slices, dtype),
+        states={job.name: _state(recipe, job, outputs[job.name]) for job in jobs},
+        rules={job.name: rule_of(recipe, job) for job in jobs},
+        schedule=schedule(
+            [_node(recipe, job, outputs[job.name]) for job in jobs],
+            budget=available.working,
+            workers=available.workers,
+        ),
+        resources=available,
+        notes=(*recipe.notes, *_notes(recipe, template)),
+        seed=seed,
+        options=options,
+    )
+
+
+def chosen_dtype(recipe: Recipe, dtype: str | None) -> str | None:
+    """The dtype of the result: an option, ``output.dtype``, mergekit's ``out_dtype`` or ``dtype``; None keeps it.
+
+    Raises:
+        UsageError: not a dtype that can be written.
+    """
+    doc = recipe.document
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
+    return dtype or doc.output.dtype or doc.out_dtype or doc.dtype
+
+
+def is_copy(recipe: Recipe, job: Job) -> bool:
+    """Whether the result is an input as it is."""
+    scale = job.arguments.get("scale", [1.0])
+    return not job.merged or (recipe.method.name == "passthrough" and scale in ([1], 1))
+
+
+def origin_of(recipe: Recipe, job: Job) -> Input:
+    """The tensor that is copied where nothing is merged: the only input of passthrough, otherwise the template's."""
+    return job.inputs[0] if recipe.method.name == "passthrough" else job.template
+
+
+def rule_of(recipe: Recipe, job: Job) -> str:
+    """What happens to a tensor, in words."""
+    if is_copy(recipe, job):
+        source = origin_of(recipe, job)
+        return f"copy of {source.source.ref} {source.name}"
+    return rule_in_words(recipe.method.name, job.arguments)
+
+
+def rule_in_words(name: str, given: Mapping[str, Any]) -> str:
+    """A method with its arguments."""
+    return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in given.items())})"
+
+
+def _short(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _header(job: Job, dtype: torch.dtype | None) -> Header:
+    held = job.template.source
+    own, shape = held.headers[held.aliases.get(job.template.name, job.template.name)]
+    if held.applied is not None and dtype is None:  # a LoRA is merged in float32, the model has its own dtype
+        info = held.checkpoint.tensors.get(held.disk.get(job.template.name, ""))
+        own = info.dtype if info is not None and info.dtype.is_floating_point else own
+    return (dtype if dtype is not None and own.is_floating_point else own), shape
+
+
+def _state(recipe: Recipe, job: Job, header: Header) -> str:
+    if not is_copy(recipe, job):
+        return "merged"
+    source = origin_of(recipe, job)
+    held = source.source.headers[source.source.aliases.get(source.name, source.name)]
+    return "copied" if held[0] is header[0] else "converted"
+
+
+def _node(recipe: Recipe, job: Job, header: Header) -> Node:
+    shape = header[1]
+    entries = math.prod(shape)
+    copied = is_copy(recipe, job)
+    used = [origin_of(recipe, job)] if copied else [*job.inputs, *([job.base] if job.base else [])]
+    read = sum(item.source.nbytes(item.name) for item in used)
+    # Every input widened, the base, the result, what is written, and the temporaries of a method.
+    widened = 4 * entries * (1 if copied else len(used) + 6)
+    cost = Cost(max(read, 1), read + widened + header[0].itemsize * entries, 8.0 * entries * len(used))
+    key = json.dumps(job.arguments, sort_keys=True, default=str)
+    dtypes = tuple(item.source.headers[item.source.aliases.get(item.name, item.name)][0] for item in used)
+    alone = job.name if copied or len(shape) > 2 else ""
+    signature = (recipe.method.name, copied, shape, header[0], dtypes, key, alone)
+    return Node(job.name, signature, used[0].source.place(used[0].name), cost, job)
+
+
+def _files(template: Source, outputs: Mapping[str, Header], slices: list[Slice], size: str | int | None) -> Files:
+    on_disk = {template.disk.get(name, name): header for name, header in outputs.items()}
+    names = {template.disk.get(name, name): name for name in outputs}
+    if len(slices) == 1 and on_disk.keys() & template.checkpoint.tensors.keys():
+        files = as_in(template.checkpoint, on_disk, {})
+        files = {file: {names[name]: header for name, header in held.items()} for file, held in files.items()}
+    else:
+        files, size = {"model.safetensors": dict(outputs)}, SHARD if size is None else size
+    if size is None:
+        return files
+    parsed = parse_size(size, "--shard-size")
+    if parsed < 1:
+        raise UsageError(f"--shard-size {size}: at least 1 byte")
+    return cut_at(files, parsed)
+
+
+def _notes(recipe: Recipe, template: Source) -> list[str]:
+    notes = []
+    if recipe.method.random and recipe.document.version is None:
+        notes.append(f"{recipe.method.name} draws at random: the same distribution as mergekit's, not the same numbers")
+    if template.checkpoint.folder is None:
+        notes.append("the template is in memory: no tokenizer goes along")
+    return notes
