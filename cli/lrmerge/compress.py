@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mergekit_lr.report.compression import AdapterReport, ModuleChange
     from mergekit_lr.verbs.compress_plan import CompressPlan
 
-RANK = "How to choose the rank"
 WHAT = "What to compress, and what for"
 
 
@@ -23,58 +22,19 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="OUT", help="The result: a folder, or a .safetensors file.")
     ] = None,
-    rank: Annotated[
-        str | None, typer.Option("--rank", metavar="N", help="Of every module.", rich_help_panel=RANK)
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option(
-            "--error",
-            "--rel-error",
-            metavar="F",
-            help="Keep each relative error at or below; 0: the ranks that are really there.",
-            rich_help_panel=RANK,
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option("--size", "--bytes", metavar="SIZE", help="One budget for all: 50MB.", rich_help_panel=RANK),
-    ] = None,
+    rank: opt.Rank = None,
+    energy: opt.Energy = None,
+    error: opt.Error = None,
+    size: opt.Size = None,
     max_params: Annotated[
         int | None,
-        typer.Option("--max-params", metavar="N", help="One budget for all, in numbers.", rich_help_panel=RANK),
+        typer.Option("--max-params", metavar="N", help="One budget for all, in numbers.", rich_help_panel=opt.RANK),
     ] = None,
-    max_rank: Annotated[
-        int | None,
-        typer.Option(
-            "--max-rank", metavar="N", help="Never more; alone: no more than is really there.", rich_help_panel=RANK
-        ),
-    ] = None,
-    multiple_of: Annotated[
-        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
-    ] = 1,
-    rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rank-pattern", metavar="REGEX=N", help="A rank of their own; repeatable.", rich_help_panel=RANK
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--include", "-i", metavar="REGEX", help="Only these; others stay as they are.", rich_help_panel=WHAT
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude", "-e", metavar="REGEX", help="Not these; they stay as they are.", rich_help_panel=WHAT
-        ),
-    ] = None,
+    max_rank: opt.MaxRank = None,
+    multiple_of: opt.MultipleOf = 1,
+    rank_pattern: opt.RankPattern = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
     target: Annotated[
         Literal["vllm", "sglang", "tensorrt-llm", "peft"] | None,
         typer.Option("--target", help="Make it fit a server; alone: without compressing.", rich_help_panel=WHAT),
@@ -83,18 +43,12 @@ def compress(
         Literal["peft", "kohya", "lycoris", "diffusers", "comfy"] | None,
         typer.Option("--to", help="Dialect of the result; by default ADAPTER's.", rich_help_panel=WHAT),
     ] = None,
-    component: Annotated[
-        str | None,
-        typer.Option("--component", metavar="NAME", help="unet, text_encoder ...", rich_help_panel=WHAT),
-    ] = None,
+    component: opt.Component = None,
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="BASE", help="The base, where names need it.", rich_help_panel=WHAT),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default as in ADAPTER."),
-    ] = None,
+    dtype: opt.Dtype = None,
     memory: opt.Memory = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,

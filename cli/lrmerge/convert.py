@@ -9,7 +9,6 @@ import typer
 
 from lrmerge import options as opt
 
-RANK = "Where a change is not of low rank"
 WHAT = "What to write"
 
 
@@ -36,38 +35,13 @@ def convert(
         str | None,
         typer.Option("--base", metavar="BASE", help="The base: names, kinds, weights.", rich_help_panel=WHAT),
     ] = None,
-    component: Annotated[
-        str | None,
-        typer.Option("--component", metavar="NAME", help="unet, text_encoder ...", rich_help_panel=WHAT),
-    ] = None,
-    rank: Annotated[
-        str | None,
-        typer.Option("--rank", metavar="N", help="Of every such module; by default 64.", rich_help_panel=RANK),
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option(
-            "--error",
-            "--rel-error",
-            metavar="F",
-            help="Keep each relative error at or below; 0: lossless.",
-            rich_help_panel=RANK,
-        ),
-    ] = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", metavar="N", help="Never more than this.", rich_help_panel=RANK)
-    ] = None,
-    multiple_of: Annotated[
-        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
-    ] = 1,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default as they are."),
-    ] = None,
+    component: opt.Component = None,
+    rank: opt.Rank = None,
+    energy: opt.Energy = None,
+    error: opt.Error = None,
+    max_rank: opt.MaxRank = None,
+    multiple_of: opt.MultipleOf = 1,
+    dtype: opt.Dtype = None,
     device: opt.Device = "auto",
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from mergekit_lr.report.extraction import ExtractReport
     from mergekit_lr.verbs.extract_plan import ExtractPlan
 
-RANK = "How to choose the rank"
 WHAT = "What to extract"
-RUN = "How to run"
 
 
 def extract(
@@ -30,53 +28,17 @@ def extract(
             "--rank",
             metavar="N|auto",
             help="Of all, default 64; auto: above rounding noise.",
-            rich_help_panel=RANK,
+            rich_help_panel=opt.RANK,
         ),
     ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option(
-            "--error",
-            "--rel-error",
-            metavar="F",
-            help="Keep each relative error at or below; 0: lossless.",
-            rich_help_panel=RANK,
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size", "--bytes", metavar="SIZE", help="One budget for all modules: 200MB.", rich_help_panel=RANK
-        ),
-    ] = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", metavar="N", help="Never more than this.", rich_help_panel=RANK)
-    ] = None,
-    multiple_of: Annotated[
-        int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
-    ] = 1,
-    rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rank-pattern", metavar="REGEX=N", help="A rank of their own; repeatable.", rich_help_panel=RANK
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--include", "-i", metavar="REGEX", help="Only these parameters; repeatable.", rich_help_panel=WHAT
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude", "-e", metavar="REGEX", help="Not these parameters; repeatable.", rich_help_panel=WHAT
-        ),
-    ] = None,
+    energy: opt.Energy = None,
+    error: opt.Error = None,
+    size: opt.Size = None,
+    max_rank: opt.MaxRank = None,
+    multiple_of: opt.MultipleOf = 1,
+    rank_pattern: opt.RankPattern = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
     embeddings: Annotated[
         Literal["lora", "full", "skip"],
         typer.Option("--embeddings", help="Tables and heads that changed.", rich_help_panel=WHAT),

@@ -29,6 +29,53 @@ Dtype = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="Folder of the result.")]
 
+Component = Annotated[
+    str | None, typer.Option("--component", metavar="NAME", help="Part of a picture model: unet, text_encoder ...")
+]
+
+RANK = "How to choose the rank"
+Rank = Annotated[
+    str | None,
+    typer.Option("--rank", metavar="N", help="Of every module.", rich_help_panel=RANK),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="F", help="Keep this share of each squared norm.", rich_help_panel=RANK),
+]
+Error = Annotated[
+    float | None,
+    typer.Option(
+        "--error",
+        "--rel-error",
+        metavar="F",
+        help="Keep each relative error at or below; 0: lossless.",
+        rich_help_panel=RANK,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", "--bytes", metavar="SIZE", help="One budget for the file: 200MB.", rich_help_panel=RANK),
+]
+MaxRank = Annotated[
+    int | None, typer.Option("--max-rank", metavar="N", help="Never more than this.", rich_help_panel=RANK)
+]
+MultipleOf = Annotated[
+    int, typer.Option("--multiple-of", metavar="N", help="Round ranks up to a multiple.", rich_help_panel=RANK)
+]
+RankPattern = Annotated[
+    list[str] | None,
+    typer.Option("--rank-pattern", metavar="REGEX=N", help="A rank of their own; repeatable.", rich_help_panel=RANK),
+]
+WHICH = "Which modules"
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", "-i", metavar="REGEX", help="Only these; repeatable.", rich_help_panel=WHICH),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", "-e", metavar="REGEX", help="Not these; repeatable.", rich_help_panel=WHICH),
+]
+
 
 def rank_of(text: str | None) -> int | str | None:
     """The value of --rank: a number, or ``auto``."""
