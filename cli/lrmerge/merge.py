@@ -73,15 +73,15 @@ def merge(
 
 
 def _show(report: MergeReport, *, verbose: bool) -> None:
-    from lrmerge.console import duration, err, headline, name, number, out, shortened, size, table
+    from lrmerge.console import duration, err, headline, name, number, out, shortened, size, table, word
 
     most = sorted(report.tensors, key=lambda tensor: -tensor.squared_norm)
     shown = report.tensors if verbose else most[:8]
-    rows = table(name("tensor"), number("shape"), number("rank"), number("change"), name("rule"))
+    rows = table(name("tensor"), number("shape"), number("rank"), number("change"), word("state"))
     names = shortened([tensor.name for tensor in shown], 60)
     for tensor in shown:
         shape, rank = "x".join(map(str, tensor.shape)), "" if tensor.rank is None else str(tensor.rank)
-        rows.add_row(names[tensor.name], shape, rank, f"{tensor.norm:.4g}", tensor.rule)
+        rows.add_row(names[tensor.name], shape, rank, f"{tensor.norm:.4g}", tensor.state)
     out.print(rows)
     if len(shown) < len(report.tensors):
         out.print(f"the most changed of {len(report.tensors)} tensors; all of them with -v", style="dim")

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from mergekit_lr.methods.registry import Method, Parameter
 
 
+MERGEKIT = {"weight": "weights", "lambda": "scale"}  # its names, which recipes may use
+
+
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, to explain its parameters.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
@@ -84,6 +87,8 @@ def _explain(method: Method) -> None:
         default = "needed" if parameter.required else "" if parameter.default is None else str(parameter.default)
         rows.add_row(key, default, "per model" if parameter.per_model else "once", _values(parameter))
     out.print(rows)
+    if mergekit := [f"{theirs} for {ours}" for theirs, ours in MERGEKIT.items() if ours in method.parameters]:
+        out.print(f"a recipe may say {', '.join(mergekit)}", style="dim")
 
 
 def _values(parameter: Parameter) -> str:

@@ -51,7 +51,8 @@ def show(made: dict[str, Any], *, verbose: bool) -> None:
     written = f", {size(made['written_bytes'])} to write" if "written_bytes" in made else ""
     what = "adapters" if "space" in made else "models"
     out.print(
-        f"{made['method']} of {len(made['models'])} {what}: {states}; {size(made['read_bytes'])} to read{written}, {made['batches']} batches on {made['device']} with "
-        f"{made['workers']} workers, peak memory {size(made['peak_bytes'])}",
+        f"{made['method']} of {len(made['models'])} {what}: {states}; {size(made['read_bytes'])} to read{written}, "
+        f"{made['batches']} batches on {made['device']} with {made['workers']} workers, peak memory "
+        f"{size(made['peak_bytes'])}",
         soft_wrap=True,
     )

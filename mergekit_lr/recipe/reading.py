@@ -146,10 +146,9 @@ def _checked(content: dict[str, Any], place: Place) -> Recipe:
         raise place.error(("merge_method",), str(error)) from None
     assumed = defaults(method) if document.version is None else {}
     recipe = Recipe(document, method, place, content, tuple(notes), assumed | renamed(document.parameters))
-    recipe = replace(recipe, notes=(*recipe.notes, *_check_parameters(recipe)))
     _check_space(recipe)
     _check_patterns(recipe)
-    return recipe
+    return replace(recipe, notes=(*recipe.notes, *_check_parameters(recipe)))
 
 
 def _validated(content: dict[str, Any], place: Place) -> tuple[Document, list[str]]:
