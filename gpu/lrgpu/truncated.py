@@ -4,12 +4,13 @@ A block Krylov basis (krylov.py) grows until what it could still win cannot bett
 so the work adapts to the spectrum: a fixed number of passes misses 1 % on flat tails. The error itself is
 exact and free: ||D||^2 - sum S^2. Where the rank is close to full the SVD is LAPACK's.
 
-Why Krylov and k/2: on AVX2 in float32, at 2048^2 and k = 64, for power laws and low rank plus noise, blocks of
+Why Krylov and 5/8 k: on AVX2 in float32, at 2048^2 and k = 64, for power laws and low rank plus noise, blocks of
 k/2 are below 1 % after 8 passes (256 columns in all), subspace iteration with a sketch of 1.5 k after 4 to 5
-(384 to 480). Wider blocks took as long or longer. The stopping rule spends some of that gain on certainty: it
-is an extrapolation, tuned and tested on many kinds of spectra, plateaus and repeated values too, not a proof.
+(384 to 480). The stopping rule spends some of that gain on certainty: blocks of k/2 are known to be good after 10
+passes, blocks of 5/8 k after 8, wider ones no sooner. It is an extrapolation, tuned and tested on many kinds of
+spectra, plateaus and repeated values too, not a proof.
 
-Cost O(m n k) and 6 to 12 passes over D with a block of k/2 columns at the default tolerance.
+Cost O(m n k) and 6 to 12 passes over D with such a block at the default tolerance.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _fixed_rank(D: Array, rank: int, tolerance: float, squared_norm: Array, seed
     """One result for each matrix of the stack (b, m, n). All go in step; each leaves when it is good enough."""
     batch, rows, columns = D.shape
     full = min(rows, columns)
-    width = max(_MIN_BLOCK, -(-rank // 16) * 8)  # half the rank, in multiples of 8
+    width = max(_MIN_BLOCK, -(-5 * rank // 64) * 8)  # 5/8 of the rank, in multiples of 8
     if rank == 0:
         return [_empty(D[i : i + 1], squared_norm[i : i + 1]) for i in range(batch)]
     results: dict[int, TruncatedSVD] = {}
