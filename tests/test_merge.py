@@ -243,6 +243,25 @@ def test_gradients_run_over_layers_and_filters_over_names(zoo):
         torch.testing.assert_close(found[name], base[name] + share * (math[name] - base[name]), rtol=1e-5, atol=1e-6)
 
 
+def test_kernels_are_flat_and_experts_are_merged_one_by_one(tmp_path):
+    made = torch.Generator().manual_seed(0)
+    shapes = {"conv.weight": (4, 3, 3, 3), "experts.weight": (3, 6, 5), "step": (1,)}
+    models = [{n: torch.randn(s, generator=made) for n, s in shapes.items()} for _ in range(3)]
+    for i, model in enumerate(models):
+        save(tmp_path / f"{i}", model | {"step": torch.tensor([i])}, config=None)
+    ties = {"version": 1, "merge_method": "ties", "base_model": str(tmp_path / "0"), "parameters": {"density": 0.3}}
+    found = result(ties | {"models": [{"model": str(tmp_path / f"{i}")} for i in (1, 2)]})
+    assert found["step"].tolist() == [0]  # whole numbers are the base's
+    base, *tuned = models
+    for name, wanted in (
+        ("conv.weight", lambda *t: [x.flatten(1) for x in t]),
+        ("experts.weight", lambda *t: [x[1] for x in t]),
+    ):
+        origin, *given = wanted(base[name], *(model[name] for model in tuned))
+        merged = lr.merge_tensors("ties", given, base=origin, density=0.3)
+        torch.testing.assert_close(wanted(found[name])[0], merged, rtol=1e-5, atol=1e-6)
+
+
 def test_targets_leave_the_rest_as_the_base_has_it(zoo):
     found = result(recipe(zoo, "linear", targets={"include": ["mlp"], "exclude": ["down"]}))
     base = loaded(zoo / "base")
@@ -268,7 +287,8 @@ def test_the_result_loads_in_transformers(zoo, tmp_path):
     from transformers import LlamaForCausalLM
 
     lr.merge(recipe(zoo, "linear", dtype="float32"), tmp_path / "out", shard_size="20kB")
-    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loading: Any = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = loading
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     torch.testing.assert_close(model.state_dict()[QUERY], loaded(tmp_path / "out")[QUERY])
@@ -287,6 +307,13 @@ def test_tied_heads(zoo, tmp_path):
     found = loaded(tmp_path / "apart")
     torch.testing.assert_close(found[HEAD], (bare[TABLE] + loaded(zoo / "code")[HEAD]) / 2)
     assert json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_base_that_is_not_tied_keeps_its_head_when_the_models_are(zoo, tmp_path):
+    bare = {name: t for name, t in loaded(zoo / "math").items() if name != HEAD}
+    tied = save(tmp_path / "tied", bare, config=CONFIG | {"tie_word_embeddings": True})
+    made = recipe(zoo, "task_arithmetic", models=["math"]) | {"models": [{"model": str(tied)}]}
+    torch.testing.assert_close(result(made)[HEAD], bare[TABLE], rtol=1e-5, atol=1e-6)
 
 
 class Killed(BaseException):

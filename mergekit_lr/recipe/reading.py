@@ -102,7 +102,7 @@ def read_recipes(source: str | Path | Mapping[str, Any] | Recipe) -> list[Recipe
 
 
 def _from_node(node: yaml.Node, file: str) -> Recipe:
-    place = Place(file, dict(_lines(node, (), file)))
+    place = Place(file, dict(_lines(node, (), file, set())))
     loader = yaml.SafeLoader("")
     try:
         content = loader.construct_document(node)
@@ -115,25 +115,35 @@ def _from_node(node: yaml.Node, file: str) -> Recipe:
     return _checked(content, place)
 
 
-def _lines(node: yaml.Node, path: Path_, file: str) -> Iterator[tuple[Path_, int]]:
+def _lines(node: yaml.Node, path: Path_, file: str, visited: set[int]) -> Iterator[tuple[Path_, int]]:
+    """The line of everything in a document; what aliases name again counts where it stands first."""
     yield path, node.start_mark.line + 1
+    if id(node) in visited:
+        return
+    visited.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise UsageError(f"{file} line {line}: a key is a word, not a list or a mapping")
             if key.value in seen:
-                raise UsageError(f"{file} line {key.start_mark.line + 1}: the key {key.value!r} stands here twice")
+                raise UsageError(f"{file} line {line}: the key {key.value!r} stands here twice")
             seen.add(key.value)
-            yield from _lines(value, (*path, key.value), file)
-            yield (*path, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*path, key.value), file, visited)
+            yield (*path, key.value), line
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            yield from _lines(value, (*path, i), file)
+            yield from _lines(value, (*path, i), file, visited)
 
 
 def _checked(content: dict[str, Any], place: Place) -> Recipe:
     document, notes = _validated(content, place)
     if document.modules is not None:
         raise place.error(("modules",), "merging module by module is not supported; use models or slices")
+    for i, part in enumerate(document.slices or ()):
+        if part.base_model is not None:
+            raise place.error(("slices", i, "base_model"), "not supported for one slice; give one base for all")
     ways = [way for way in WAYS if getattr(document, way) is not None]
     if len(ways) != 1:
         found = " and ".join(ways) or "none"

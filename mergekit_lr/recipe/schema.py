@@ -39,6 +39,7 @@ class SliceEntry(_Strict):
 
     sources: list[SourceEntry] = Field(min_length=1)
     parameters: Settings | None = None
+    base_model: Reference | None = None
 
 
 class AdapterEntry(_Strict):

@@ -94,7 +94,7 @@ def jobs_of(recipe: Recipe, slices: Sequence[Slice], base: Source | None) -> Ite
     for part in slices:
         lead = part.given[0]
         count = lead.end - lead.first
-        for name in _names(part):
+        for name in _names(part, base):
             layer = lead.source.layers.of(name)
             if layer is None:
                 where = slices[0] if name in lead.source.tables else slices[-1]
@@ -107,10 +107,12 @@ def jobs_of(recipe: Recipe, slices: Sequence[Slice], base: Source | None) -> Ite
         above += count
 
 
-def _names(part: Slice) -> list[str]:
+def _names(part: Slice, base: Source | None) -> list[str]:
     """The tensors of a slice under the first model's names: its own, and those that others have besides."""
-    names = dict.fromkeys(part.given[0].source.headers)
-    for given in part.given[1:]:
+    lead = part.given[0]
+    names = dict.fromkeys(lead.source.headers)
+    others = part.given[1:] if base is None else (*part.given[1:], lead._replace(source=base))
+    for given in others:
         offset = part.given[0].first - given.first
         for name in given.source.headers:
             layer = given.source.layers.of(name)
