@@ -111,7 +111,7 @@ def products(n: int, r: int, rank: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sizes", nargs="*", type=int, default=[1024, 2048])
     parser.add_argument("--rank", type=int, default=64)
     options = parser.parse_args()
