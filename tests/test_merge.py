@@ -213,6 +213,18 @@ def test_a_model_with_a_lora_is_that_model_with_the_lora_in_it(zoo, tmp_path):
     close(lazy, plain, 1e-6)
 
 
+def test_a_lora_leaves_the_dtype_of_its_model(zoo, tmp_path):
+    narrow = {name: tensor.bfloat16() for name, tensor in loaded(zoo / "base").items()}
+    save(tmp_path / "narrow", narrow, config=CONFIG | {"torch_dtype": "bfloat16"})
+    made = {"version": 1, "merge_method": "linear"}
+    report = lr.merge(
+        made | {"models": [{"model": f"{tmp_path}/narrow+{zoo}/math-lora"}, {"model": str(zoo / "code")}]}
+    )
+    assert report.result is not None
+    assert {tensor.dtype for tensor in report.result.values()} == {torch.bfloat16}
+    assert report.config["torch_dtype"] == "bfloat16"
+
+
 def test_slices_stack_layers(zoo, tmp_path):
     made = {
         "merge_method": "passthrough",

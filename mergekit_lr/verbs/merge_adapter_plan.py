@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ def plan_adapters(
         wanted = str(least) if least == most else f"{least} or more"
         raise recipe.place.error(("adapters",), f"{method.name} merges {wanted}, got {len(opened)}")
     layout = base.layout if base is not None else None
-    names = [name for name in _names(opened, layout) if _wanted(recipe, name)]
+    names = [name for name in _names(opened, layout) if recipe.wants(name)]
     left_out = [name for name in _names(opened, layout) if name not in set(names)]
     if not names:
         raise recipe.place.error(("targets",), "leaves nothing of the adapters to merge")
@@ -228,13 +227,6 @@ def _zero(like: AdaptedWeight) -> LowRank:
     """A change of nothing, for a module that an adapter leaves alone."""
     A, B = like.delta.A, like.delta.B
     return LowRank(A.new_zeros(*A.shape[:-2], 0, A.shape[-1]), B.new_zeros(*B.shape[:-1], 0))
-
-
-def _wanted(recipe: Recipe, name: str) -> bool:
-    targets = recipe.document.targets
-    if any(re.search(pattern, name) for pattern in targets.exclude):
-        return False
-    return not targets.include or any(re.search(pattern, name) for pattern in targets.include)
 
 
 def _node(step: Step, dense: bool, position: int) -> Node:

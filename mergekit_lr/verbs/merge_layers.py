@@ -6,7 +6,6 @@ table of embeddings, from the last slice's otherwise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -149,7 +148,7 @@ def _job(recipe: Recipe, part: Slice, base: Source | None, name: str, at: int, o
     template = origin if origin is not None else inputs[0]
     every = inputs if origin is None else [*inputs, origin]
     _same_shape(every, out)
-    merged = _wanted(recipe, out) and template.source.headers[_held(template)][0].is_floating_point
+    merged = recipe.wants(out) and template.source.headers[_held(template)][0].is_floating_point
     _count(recipe, len(inputs))
     found = arguments(method, scopes, [part.parameters, recipe.shared], [i.name for i in inputs], out, t)
     return Job(out, tuple(inputs), used, found, template, merged)
@@ -182,13 +181,6 @@ def _same_shape(inputs: Sequence[Input], out: str) -> None:
         raise MismatchError(
             f"{out} has shape {list(shape)} in {first.source.ref} and {list(found)} in {other.source.ref}: {why}"
         )
-
-
-def _wanted(recipe: Recipe, name: str) -> bool:
-    targets = recipe.document.targets
-    if any(re.search(pattern, name) for pattern in targets.exclude):
-        return False
-    return not targets.include or any(re.search(pattern, name) for pattern in targets.include)
 
 
 def _count(recipe: Recipe, count: int) -> None:

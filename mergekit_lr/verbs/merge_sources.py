@@ -71,8 +71,9 @@ class Source:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Of the model as it is read."""
-        return self.applied.config if self.applied is not None else self.checkpoint.config
+        """Of the model, untied where its LoRA unties it."""
+        untied = self.applied is not None and self.applied.untied
+        return self.checkpoint.config | ({"tie_word_embeddings": False} if untied else {})
 
     def place(self, name: str) -> tuple[str, int]:
         """File and offset of a tensor, for the order of reading."""
