@@ -42,8 +42,8 @@ from mergekit_lr.adapter import peft
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.parameter import Kind
-from mergekit_lr.verbs.compress import squeeze
-from mergekit_lr.verbs.compress_plan import plan_compress
+from mergekit_lr.verbs.compress.plan import plan_compress
+from mergekit_lr.verbs.compress.verb import squeeze
 
 SCALING = 2.0
 FLOOR = """

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from mergekit_lr.report.extraction import ExtractReport
     from mergekit_lr.report.merging import MergeReport
     from mergekit_lr.verbs.apply import apply
-    from mergekit_lr.verbs.apply_plan import plan_apply
+    from mergekit_lr.verbs.apply.plan import plan_apply
     from mergekit_lr.verbs.compare import compare
     from mergekit_lr.verbs.compress import compress
-    from mergekit_lr.verbs.compress_plan import plan_compress
+    from mergekit_lr.verbs.compress.plan import plan_compress
     from mergekit_lr.verbs.convert import convert
-    from mergekit_lr.verbs.convert_plan import plan_convert
+    from mergekit_lr.verbs.convert.plan import plan_convert
     from mergekit_lr.verbs.extract import extract
-    from mergekit_lr.verbs.extract_plan import plan_extract
+    from mergekit_lr.verbs.extract.plan import plan_extract
     from mergekit_lr.verbs.inspect import inspect
-    from mergekit_lr.verbs.merge import merge, plan_merge
+    from mergekit_lr.verbs.merge.verb import merge, plan_merge
 
 # Looked up when first used, so that importing the package does not import torch.
 _PLACES = {
@@ -56,11 +56,11 @@ _PLACES = {
     "merge_tensors": "mergekit_lr.methods.merge_tensors",
     "methods": "mergekit_lr.methods.registry",
     "open_adapter": "mergekit_lr.adapter.open",
-    "plan_apply": "mergekit_lr.verbs.apply_plan",
-    "plan_compress": "mergekit_lr.verbs.compress_plan",
-    "plan_convert": "mergekit_lr.verbs.convert_plan",
-    "plan_extract": "mergekit_lr.verbs.extract_plan",
-    "plan_merge": "mergekit_lr.verbs.merge",
+    "plan_apply": "mergekit_lr.verbs.apply.plan",
+    "plan_compress": "mergekit_lr.verbs.compress.plan",
+    "plan_convert": "mergekit_lr.verbs.convert.plan",
+    "plan_extract": "mergekit_lr.verbs.extract.plan",
+    "plan_merge": "mergekit_lr.verbs.merge.verb",
 }
 __all__ = [
     "AdaptedWeight",

@@ -29,8 +29,8 @@ from mergekit_lr.checkpoint.pair import layout_of, read_whole
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import LrmergeError
 from mergekit_lr.graph import schedule
-from mergekit_lr.verbs import apply_plan
-from mergekit_lr.verbs.apply_rounding import random_bits, rounded
+from mergekit_lr.verbs.apply import plan as apply_plan
+from mergekit_lr.verbs.apply.rounding import random_bits, rounded
 
 VECTORS = Path(__file__).parent / "vectors" / "peft"
 Q0 = "model.layers.0.self_attn.q_proj.weight"

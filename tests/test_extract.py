@@ -453,7 +453,7 @@ def test_other_options_do_not_resume(tmp_path, monkeypatch):
     base = tiny.save(tmp_path / "base", tiny.decoder())
     tuned = tiny.save(tmp_path / "tuned", tiny.finetuned(tiny.decoder()))
     computed = []
-    monkeypatch.setattr("mergekit_lr.verbs.extract.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mergekit_lr.verbs.extract.verb.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
 
     def count(rank: int) -> int:
         computed.clear()
@@ -507,7 +507,7 @@ def test_nothing_left_at_out_when_a_write_fails(tmp_path, monkeypatch):
     def fail(*_):
         raise LrmergeError("broken")
 
-    monkeypatch.setattr("mergekit_lr.verbs.extract.write", fail)
+    monkeypatch.setattr("mergekit_lr.verbs.extract.verb.write", fail)
     with pytest.raises(LrmergeError, match="broken"):
         lr.extract(base, tiny.finetuned(base), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

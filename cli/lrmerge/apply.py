@@ -12,7 +12,7 @@ from lrmerge import options as opt
 
 if TYPE_CHECKING:
     from mergekit_lr.report.application import ApplyReport
-    from mergekit_lr.verbs.apply_plan import ApplyPlan
+    from mergekit_lr.verbs.apply.plan import ApplyPlan
 
 
 def apply(
@@ -55,7 +55,7 @@ def apply(
     """
     from lrmerge.console import emit_json, progress
     from mergekit_lr.verbs.apply import apply as run
-    from mergekit_lr.verbs.apply_plan import plan_apply
+    from mergekit_lr.verbs.apply.plan import plan_apply
 
     chosen = {
         "unmerge": unmerge,

@@ -12,7 +12,7 @@ from lrmerge import options as opt
 
 if TYPE_CHECKING:
     from mergekit_lr.report.compression import AdapterReport, ModuleChange
-    from mergekit_lr.verbs.compress_plan import CompressPlan
+    from mergekit_lr.verbs.compress.plan import CompressPlan
 
 WHAT = "What to compress, and what for"
 
@@ -65,7 +65,7 @@ def compress(
     """
     from lrmerge.console import emit_json, progress
     from mergekit_lr.verbs.compress import compress as run
-    from mergekit_lr.verbs.compress_plan import plan_compress
+    from mergekit_lr.verbs.compress.plan import plan_compress
 
     chosen = {
         "rank": opt.rank_of(rank),

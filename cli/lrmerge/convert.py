@@ -58,7 +58,7 @@ def convert(
     from lrmerge.compress import default_out, show
     from lrmerge.console import emit_json, progress
     from mergekit_lr.verbs.convert import convert as run
-    from mergekit_lr.verbs.convert_plan import plan_convert
+    from mergekit_lr.verbs.convert.plan import plan_convert
 
     chosen = {
         "to": to,

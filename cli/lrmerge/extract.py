@@ -11,7 +11,7 @@ from lrmerge import options as opt
 
 if TYPE_CHECKING:
     from mergekit_lr.report.extraction import ExtractReport
-    from mergekit_lr.verbs.extract_plan import ExtractPlan
+    from mergekit_lr.verbs.extract.plan import ExtractPlan
 
 WHAT = "What to extract"
 
@@ -70,7 +70,7 @@ def extract(
     """
     from lrmerge.console import emit_json, progress
     from mergekit_lr.verbs.extract import extract as run
-    from mergekit_lr.verbs.extract_plan import plan_extract
+    from mergekit_lr.verbs.extract.plan import plan_extract
 
     chosen = {
         "rank": opt.rank_of(rank),

@@ -48,7 +48,7 @@ def merge(
     from lrmerge.plan import show
     from mergekit_lr.errors import UsageError
     from mergekit_lr.verbs.merge import merge as run
-    from mergekit_lr.verbs.merge import plan_merge
+    from mergekit_lr.verbs.merge.verb import plan_merge
 
     chosen = {
         "dtype": dtype,

@@ -23,7 +23,7 @@ def plan(
 ) -> None:
     """Show what happens to which tensor by which rule, and the bytes and memory that it takes. Nothing is written."""
     from lrmerge.console import emit_json
-    from mergekit_lr.verbs.merge import plan_merge
+    from mergekit_lr.verbs.merge.verb import plan_merge
 
     made = plan_merge(
         recipe, dtype=dtype, shard_size=shard_size, memory=memory, device=device, threads=threads, seed=seed

@@ -143,3 +143,16 @@ class AdapterReport:
             "worst": self.worst.name if self.worst else None,
         }
         return {"totals": totals, **fields}
+
+
+def kept_tensors(adapter: Adapter, left_out: tuple[str, ...] = ()) -> list[Kept]:
+    """Everything of an adapter that is no factors, for the report."""
+    others = [("saved", name, tensor) for name, tensor in adapter.saved.items()]
+    others += [("token rows", name, rows) for name, (_, rows) in adapter.token_rows.items()]
+    others += [("added", name, tensor) for name, tensor in adapter.added.items()]
+    for name, weight in adapter.weights.items():
+        beside = (("bias", weight.bias), ("magnitude", weight.magnitude))
+        others += [(part, name, tensor) for part, tensor in beside if tensor is not None]
+    return [
+        Kept(name, part, "left out" if name in left_out else "kept", tensor.nbytes) for part, name, tensor in others
+    ]

@@ -23,9 +23,9 @@ from mergekit_lr.checkpoint.shards import Header, MemoryOutput
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.node import Node
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.verbs.apply_compute import Application
-from mergekit_lr.verbs.apply_plan import ApplyPlan, plan_apply
-from mergekit_lr.verbs.apply_rows import is_scaled
+from mergekit_lr.verbs.apply.compute import Application
+from mergekit_lr.verbs.apply.plan import ApplyPlan, plan_apply
+from mergekit_lr.verbs.apply.rows import is_scaled
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 NUMBER = re.compile(r"\.(\d+)\.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_lr.errors import FormatError
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.verbs.compress_plan import Task
+from mergekit_lr.verbs.compress.plan import Task
 
 Factors = tuple[Tensor, Tensor]
 

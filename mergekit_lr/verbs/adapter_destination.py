@@ -28,7 +28,7 @@ from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.compression import AdapterReport
 from mergekit_lr.report.compression_card import write_adapter_card
 from mergekit_lr.report.manifest import manifest, write_manifest
-from mergekit_lr.verbs.convert_read import PEFT_FILE, Base, Source
+from mergekit_lr.verbs.adapter_source import PEFT_FILE, Base, Source
 
 WRITERS: dict[str, Callable[[Adapter, Path], None]] = {
     "kohya": kohya.save_kohya,

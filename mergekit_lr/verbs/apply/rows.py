@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.safetensors import prefault, read_tensor
-from mergekit_lr.verbs.apply_targets import Target
+from mergekit_lr.verbs.apply.targets import Target
 
 
 class Span(NamedTuple):

@@ -22,10 +22,10 @@ from mergekit_lr.errors import FormatError, UsageError
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.report.compression import AdapterReport, Kept, ModuleChange
-from mergekit_lr.verbs.compress_compute import Squeezed, compute, read
-from mergekit_lr.verbs.compress_plan import CompressPlan, Step, plan_compress
-from mergekit_lr.verbs.convert_write import Destination
+from mergekit_lr.report.compression import AdapterReport, ModuleChange, kept_tensors
+from mergekit_lr.verbs.adapter_destination import Destination
+from mergekit_lr.verbs.compress.compute import Squeezed, compute, read
+from mergekit_lr.verbs.compress.plan import CompressPlan, Step, plan_compress
 
 DORA = (
     "DoRA: magnitudes stay as they are, so every row keeps its length exactly; the error given is that of B A inside "
@@ -146,19 +146,6 @@ def final_ranks(plan: CompressPlan, done: dict[str, Squeezed]) -> dict[str, int]
         bought = allocate(spectra, [plan.cost(step) for step in shared], plan.budget, **limits)
         ranks |= {step.name: max(rank, step.needed) for step, rank in zip(shared, bought, strict=True)}
     return ranks
-
-
-def kept_tensors(adapter: Adapter, left_out: tuple[str, ...] = ()) -> list[Kept]:
-    """Everything of an adapter that is no factors, for the report."""
-    others = [("saved", name, tensor) for name, tensor in adapter.saved.items()]
-    others += [("token rows", name, rows) for name, (_, rows) in adapter.token_rows.items()]
-    others += [("added", name, tensor) for name, tensor in adapter.added.items()]
-    for name, weight in adapter.weights.items():
-        beside = (("bias", weight.bias), ("magnitude", weight.magnitude))
-        others += [(part, name, tensor) for part, tensor in beside if tensor is not None]
-    return [
-        Kept(name, part, "left out" if name in left_out else "kept", tensor.nbytes) for part, name, tensor in others
-    ]
 
 
 def _spectrum(step: Step, done: dict[str, Squeezed]) -> list[float]:

@@ -21,11 +21,10 @@ from mergekit_lr.adapter.variants.site import as_matrix
 from mergekit_lr.errors import FormatError
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.graph.run import Progress
-from mergekit_lr.report.compression import AdapterReport, ModuleChange
-from mergekit_lr.verbs.compress import kept_tensors
-from mergekit_lr.verbs.convert_plan import HOLDS_ADDED, ConvertPlan, as_kind, plan_convert
-from mergekit_lr.verbs.convert_write import Destination
-from mergekit_lr.verbs.extract_compute import seed_of
+from mergekit_lr.report.compression import AdapterReport, ModuleChange, kept_tensors
+from mergekit_lr.verbs.adapter_destination import Destination
+from mergekit_lr.verbs.convert.plan import HOLDS_ADDED, ConvertPlan, as_kind, plan_convert
+from mergekit_lr.verbs.extract.compute import seed_of
 
 
 def convert(

@@ -18,11 +18,11 @@ from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.recipe.reading import Recipe
-from mergekit_lr.verbs.apply_plan import DTYPES
-from mergekit_lr.verbs.merge_config import merged_config
-from mergekit_lr.verbs.merge_layers import Input, Job, Slice, jobs_of, slices_of
-from mergekit_lr.verbs.merge_sources import Source, open_source
-from mergekit_lr.verbs.merge_tokenizer import check_tokenizer
+from mergekit_lr.verbs.apply.plan import DTYPES
+from mergekit_lr.verbs.merge.config import merged_config
+from mergekit_lr.verbs.merge.layers import Input, Job, Slice, jobs_of, slices_of
+from mergekit_lr.verbs.merge.sources import Source, open_source
+from mergekit_lr.verbs.merge.tokenizer import check_tokenizer
 
 SHARD = 5 * 10**9  # bytes of a file where the layers are put together anew
 

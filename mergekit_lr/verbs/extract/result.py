@@ -24,7 +24,7 @@ from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.extraction import Carried, ExtractReport, ModuleFigures
 from mergekit_lr.report.extraction_card import write_extraction_card
 from mergekit_lr.report.manifest import manifest, write_manifest
-from mergekit_lr.verbs.extract_plan import ExtractPlan, Step, Treatment, stored_per_rank
+from mergekit_lr.verbs.extract.plan import ExtractPlan, Step, Treatment, stored_per_rank
 
 # Of one entry in a safetensors header beside its tensor's name in memory, and of what frames them all: the most.
 HEADER_BYTES = 200

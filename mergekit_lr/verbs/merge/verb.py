@@ -24,11 +24,11 @@ from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.recipe.reading import Recipe, read_recipes
 from mergekit_lr.report.manifest import describe, versions
 from mergekit_lr.report.merging import MergeReport
-from mergekit_lr.verbs.merge_adapter_plan import AdapterPlan, plan_adapters
-from mergekit_lr.verbs.merge_adapters import merge_to_adapter, merge_to_model
-from mergekit_lr.verbs.merge_compute import Merging
-from mergekit_lr.verbs.merge_plan import MergePlan, plan_models
-from mergekit_lr.verbs.merge_result import report_of, write_beside
+from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, plan_adapters
+from mergekit_lr.verbs.merge.adapters import merge_to_adapter, merge_to_model
+from mergekit_lr.verbs.merge.compute import Merging
+from mergekit_lr.verbs.merge.plan import MergePlan, plan_models
+from mergekit_lr.verbs.merge.result import report_of, write_beside
 
 KEYS = ("model", "base_model", "adapter")  # that name a model
 Given = str | Path | Mapping[str, Any] | Recipe

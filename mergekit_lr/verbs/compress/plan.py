@@ -21,10 +21,10 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
-from mergekit_lr.verbs.compress_rule import check_patterns, rule_of, treatment
-from mergekit_lr.verbs.convert_read import Base, Source, open_base, open_source, refuse_residual
-from mergekit_lr.verbs.convert_write import DIALECTS
-from mergekit_lr.verbs.extract_plan import DTYPES
+from mergekit_lr.verbs.adapter_destination import DIALECTS
+from mergekit_lr.verbs.adapter_source import Base, Source, open_base, open_source, refuse_residual
+from mergekit_lr.verbs.compress.rule import check_patterns, rule_of, treatment
+from mergekit_lr.verbs.extract.plan import DTYPES
 
 
 class Task(NamedTuple):

@@ -21,7 +21,7 @@ from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.pair import read_whole
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
 from mergekit_lr.errors import FormatError, LrmergeError, MismatchError, UsageError
-from mergekit_lr.verbs.apply_change import Change
+from mergekit_lr.verbs.apply.change import Change
 
 # Parts of a picture model, which kohya's and diffusers' names begin with and the part's own checkpoint does not.
 COMPONENTS = ("unet", "transformer", "diffusion_model", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -10,8 +10,8 @@ from mergekit_lr.checkpoint.layout import parameters
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.shards import Header
 from mergekit_lr.errors import MismatchError
-from mergekit_lr.verbs.apply_rows import is_scaled
-from mergekit_lr.verbs.apply_targets import Targets, alike
+from mergekit_lr.verbs.apply.rows import is_scaled
+from mergekit_lr.verbs.apply.targets import Targets, alike
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 

@@ -16,9 +16,9 @@ from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
-from mergekit_lr.verbs.apply_change import squared
-from mergekit_lr.verbs.merge_layers import Input, Job
-from mergekit_lr.verbs.merge_plan import MergePlan, is_copy, origin_of
+from mergekit_lr.verbs.apply.change import squared
+from mergekit_lr.verbs.merge.layers import Input, Job
+from mergekit_lr.verbs.merge.plan import MergePlan, is_copy, origin_of
 
 
 class Done(NamedTuple):

@@ -19,8 +19,8 @@ from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.manifest import FILE, manifest, write_manifest
 from mergekit_lr.report.merging import MergedTensor, MergeReport
 from mergekit_lr.report.merging_card import write_merging_card
-from mergekit_lr.verbs.apply_result import LEFT, SMALL
-from mergekit_lr.verbs.merge_plan import MergePlan
+from mergekit_lr.verbs.apply.result import LEFT, SMALL
+from mergekit_lr.verbs.merge.plan import MergePlan
 
 
 def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float) -> MergeReport:

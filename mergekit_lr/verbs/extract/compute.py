@@ -20,7 +20,7 @@ from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.safetensors import prefault
 from mergekit_lr.graph.node import Node
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.verbs.extract_plan import Task
+from mergekit_lr.verbs.extract.plan import Task
 
 TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 

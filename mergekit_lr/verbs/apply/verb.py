@@ -26,10 +26,10 @@ from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.report.application import ApplyReport
 from mergekit_lr.report.manifest import describe
-from mergekit_lr.verbs.apply_adapters import Reference
-from mergekit_lr.verbs.apply_compute import Application
-from mergekit_lr.verbs.apply_plan import ApplyPlan, plan_apply
-from mergekit_lr.verbs.apply_result import report_of, write_beside
+from mergekit_lr.verbs.apply.adapters import Reference
+from mergekit_lr.verbs.apply.compute import Application
+from mergekit_lr.verbs.apply.plan import ApplyPlan, plan_apply
+from mergekit_lr.verbs.apply.result import report_of, write_beside
 
 
 def apply(

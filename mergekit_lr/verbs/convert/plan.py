@@ -18,9 +18,9 @@ from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import MismatchError, UsageError
 from mergekit_lr.graph.resources import resources
-from mergekit_lr.verbs.convert_read import Base, Source, open_base, open_source
-from mergekit_lr.verbs.convert_write import DIALECTS
-from mergekit_lr.verbs.extract_plan import DEFAULT_RANK, DTYPES
+from mergekit_lr.verbs.adapter_destination import DIALECTS
+from mergekit_lr.verbs.adapter_source import Base, Source, open_base, open_source
+from mergekit_lr.verbs.extract.plan import DEFAULT_RANK, DTYPES
 
 Experts = Literal["fused", "per-expert"]
 # The dialects that hold differences in full.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.checkpoint.shards import Header
-from mergekit_lr.verbs.merge_layers import Slice
-from mergekit_lr.verbs.merge_sources import LAYER_COUNTS, Source
+from mergekit_lr.verbs.merge.layers import Slice
+from mergekit_lr.verbs.merge.sources import LAYER_COUNTS, Source
 
 
 def merged_config(

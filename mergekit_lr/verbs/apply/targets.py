@@ -17,8 +17,8 @@ from torch import Tensor
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Block, Kind, Parameter
 from mergekit_lr.errors import UsageError
-from mergekit_lr.verbs.apply_adapters import Given
-from mergekit_lr.verbs.apply_change import Change, own_factors
+from mergekit_lr.verbs.apply.adapters import Given
+from mergekit_lr.verbs.apply.change import Change, own_factors
 
 
 @dataclass(frozen=True, eq=False)

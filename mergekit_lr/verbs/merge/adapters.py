@@ -30,13 +30,13 @@ from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.report.merging import MergedTensor, MergeReport
 from mergekit_lr.report.merging_card import write_merging_card
-from mergekit_lr.verbs.apply import compute as apply_to
-from mergekit_lr.verbs.apply_plan import DTYPES, ApplyPlan, plan_apply
-from mergekit_lr.verbs.apply_result import report_of as application_of
-from mergekit_lr.verbs.apply_result import write_beside as write_model_beside
+from mergekit_lr.verbs.apply.plan import DTYPES, ApplyPlan, plan_apply
+from mergekit_lr.verbs.apply.result import report_of as application_of
+from mergekit_lr.verbs.apply.result import write_beside as write_model_beside
+from mergekit_lr.verbs.apply.verb import compute as apply_to
 from mergekit_lr.verbs.compress import compress
-from mergekit_lr.verbs.merge_adapter_plan import AdapterPlan, Step
-from mergekit_lr.verbs.merge_result import recipe_text
+from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, Step
+from mergekit_lr.verbs.merge.result import recipe_text
 
 TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 

@@ -18,7 +18,7 @@ from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.application import AppliedFigures, ApplyReport, rounding_notes
 from mergekit_lr.report.application_card import write_application_card
 from mergekit_lr.report.manifest import FILE, manifest, write_manifest
-from mergekit_lr.verbs.apply_plan import ApplyPlan, Task
+from mergekit_lr.verbs.apply.plan import ApplyPlan, Task
 
 # Weights and what belongs to training; everything else small at the top of a model's folder goes along.
 LEFT = (

@@ -27,11 +27,11 @@ from mergekit_lr.errors import MismatchError, UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
-from mergekit_lr.verbs.apply_adapters import Given, Reference, open_onto, pairs
-from mergekit_lr.verbs.apply_change import Part, own_shape
-from mergekit_lr.verbs.apply_config import config_of, refuse_tied, resized
-from mergekit_lr.verbs.apply_rows import Span, cut, is_scaled, spans_of
-from mergekit_lr.verbs.apply_targets import Target, targets
+from mergekit_lr.verbs.apply.adapters import Given, Reference, open_onto, pairs
+from mergekit_lr.verbs.apply.change import Part, own_shape
+from mergekit_lr.verbs.apply.config import config_of, refuse_tied, resized
+from mergekit_lr.verbs.apply.rows import Span, cut, is_scaled, spans_of
+from mergekit_lr.verbs.apply.targets import Target, targets
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PIECE = 1 << 21  # entries of a changed piece, whose arithmetic takes a dozen bytes for each

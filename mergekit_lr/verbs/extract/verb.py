@@ -24,9 +24,9 @@ from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.report.extraction import ExtractReport
 from mergekit_lr.report.manifest import describe, versions
-from mergekit_lr.verbs.extract_compute import Extraction, Finished
-from mergekit_lr.verbs.extract_plan import ExtractPlan, plan_extract
-from mergekit_lr.verbs.extract_result import assemble, in_memory, saturated, write
+from mergekit_lr.verbs.extract.compute import Extraction, Finished
+from mergekit_lr.verbs.extract.plan import ExtractPlan, plan_extract
+from mergekit_lr.verbs.extract.result import assemble, in_memory, saturated, write
 
 
 def extract(

@@ -16,10 +16,10 @@ from mergekit_lr.checkpoint.shards import Header, Output
 from mergekit_lr.errors import FormatError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.verbs.apply_change import Changed, changed, own_shape, replacement, squared
-from mergekit_lr.verbs.apply_plan import ApplyPlan, Task
-from mergekit_lr.verbs.apply_rounding import rounded
-from mergekit_lr.verbs.apply_rows import join, read_span, split
+from mergekit_lr.verbs.apply.change import Changed, changed, own_shape, replacement, squared
+from mergekit_lr.verbs.apply.plan import ApplyPlan, Task
+from mergekit_lr.verbs.apply.rounding import rounded
+from mergekit_lr.verbs.apply.rows import join, read_span, split
 
 
 class Piece(NamedTuple):

@@ -21,9 +21,9 @@ from mergekit_lr.graph.resources import Resources, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.recipe.parameters import arguments, renamed
 from mergekit_lr.recipe.reading import Recipe
-from mergekit_lr.verbs.convert_read import open_base, open_source
-from mergekit_lr.verbs.merge_plan import chosen_dtype, rule_in_words
-from mergekit_lr.verbs.merge_sources import layers_of
+from mergekit_lr.verbs.adapter_source import open_base, open_source
+from mergekit_lr.verbs.merge.plan import chosen_dtype, rule_in_words
+from mergekit_lr.verbs.merge.sources import layers_of
 
 
 class Opened(NamedTuple):

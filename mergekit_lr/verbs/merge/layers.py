@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.recipe.parameters import arguments, renamed
 from mergekit_lr.recipe.reading import Path_, Recipe
-from mergekit_lr.verbs.merge_sources import Source
+from mergekit_lr.verbs.merge.sources import Source
 
 
 class Given(NamedTuple):
