@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 
 from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import UsageError
@@ -48,6 +49,19 @@ class OutputFolder:
             if (full := out_of_space(error, self.partial)) is not error:
                 raise full from None
             raise UsageError(f"{self.partial}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        """Finish. After an error remove the unfinished work; Ctrl-C, like a kill, leaves it to be resumed."""
+        if error is None:
+            self.finish()
+            return
+        if isinstance(error, Exception):
+            self.discard()
+        if isinstance(error, OSError):
+            raise out_of_space(error, self.out) from None
 
     def finish(self) -> Path:
         """Put the finished folder at OUT and return its path."""

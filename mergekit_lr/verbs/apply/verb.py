@@ -20,7 +20,6 @@ from torch import Tensor
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.folder import OutputFolder
 from mergekit_lr.checkpoint.shards import MemoryOutput, Output, ShardedOutput
-from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import CapacityError
 from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
@@ -75,8 +74,7 @@ def apply(
             return replace(report_of(plan, journal, None, started), tensors=memory.tensors)
     inputs = [plan.base.folder] if plan.base.folder else []
     inputs += [file.parent for given in plan.given for file in given.files]
-    folder = OutputFolder(out, overwrite=overwrite, resume=resume, inputs=inputs)
-    try:
+    with OutputFolder(out, overwrite=overwrite, resume=resume, inputs=inputs) as folder:
         _check_space(plan, folder.partial)
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
         shards = ShardedOutput(folder.partial, plan.files, metadata=plan.base.metadata, resume=journal.resumed > 0)
@@ -84,13 +82,6 @@ def apply(
         shards.finish(index=plan.index)
         report = write_beside(plan, report_of(plan, journal, str(out), started), folder.partial, started)
         journal.close()
-        folder.finish()
-    except OSError as problem:
-        folder.discard()
-        raise out_of_space(problem, folder.out) from None
-    except Exception:
-        folder.discard()
-        raise
     return report
 
 

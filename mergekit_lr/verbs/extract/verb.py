@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.folder import OutputFolder
-from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.graph.schedule import Batch
@@ -74,20 +73,12 @@ def extract(
             compute(plan, journal, progress)
             return in_memory(*assemble(plan, journal, None, started))
     inputs = [checkpoint.folder for checkpoint in (plan.base, plan.finetuned) if checkpoint.folder]
-    folder = OutputFolder(out, overwrite=overwrite, resume=resume, inputs=inputs)
-    try:
+    with OutputFolder(out, overwrite=overwrite, resume=resume, inputs=inputs) as folder:
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
         compute(plan, journal, progress)
         adapter, report = assemble(plan, journal, str(out), started)
         report = write(plan, adapter, report, folder.partial, started)
         journal.close()
-        folder.finish()
-    except OSError as problem:
-        folder.discard()
-        raise out_of_space(problem, folder.out) from None
-    except Exception:
-        folder.discard()
-        raise
     return report
 
 

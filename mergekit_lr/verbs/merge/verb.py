@@ -17,7 +17,6 @@ from typing import Any
 
 from mergekit_lr.checkpoint.folder import OutputFolder
 from mergekit_lr.checkpoint.shards import MemoryOutput, ShardedOutput
-from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import CapacityError, UsageError
 from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
@@ -113,8 +112,7 @@ def _merge(
             memory = MemoryOutput(plan.outputs, {})
             _compute(plan, memory, journal, progress)
             return replace(report_of(plan, journal, None, started), result=memory.tensors)
-    folder = OutputFolder(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan))
-    try:
+    with OutputFolder(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan)) as folder:
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
         if isinstance(plan, MergePlan):
             report = _merge_models(plan, journal, folder, progress, started)
@@ -123,13 +121,6 @@ def _merge(
         else:
             report = merge_to_adapter(plan, journal, folder, progress, started)
         journal.close()
-        folder.finish()
-    except OSError as problem:
-        folder.discard()
-        raise out_of_space(problem, folder.out) from None
-    except Exception:
-        folder.discard()
-        raise
     return report
 
 
