@@ -26,7 +26,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 DEFAULT_RANK = 64
 # With one byte budget for all modules, the first look at each goes this far beyond the rank that an equal share gives.
 LOOK_AHEAD = 4
-PASSES = 6  # over a delta, as many as the stopping rule takes for most spectra; for the estimate of time only
 
 
 class Treatment(str, Enum):
@@ -264,9 +263,9 @@ def _node(task: Task, base: Checkpoint, finetuned: Checkpoint) -> Node:
     read = rows * columns * (dtypes[0].itemsize + dtypes[-1].itemsize)
     memory, flops = read + 4 * rows * columns, 2.0 * rows * columns
     if rule is not None:
-        width = sketch_width(rule, min(rows, columns))
-        memory += 4 * 4 * width * (rows + columns) + 8 * 4 * width * width
-        flops += 2.0 * PASSES * rows * columns * width
+        width = basis_width(rule, min(rows, columns))
+        memory += width * (8 * rows + 16 * columns) + 8 * 4 * width * width  # as it grows: once old, once new
+        flops += 4.0 * rows * columns * width  # a product with the delta on either side for each column
     if max(len(pair.base.blocks[index]), len(pair.finetuned.blocks[index])) > 1:
         memory += read  # joined blocks are copied once
     name = pair.name if pair.base.matrices == 1 else f"{pair.name}[{index}]"
@@ -277,10 +276,13 @@ def _node(task: Task, base: Checkpoint, finetuned: Checkpoint) -> Node:
     )
 
 
-def sketch_width(rule: RankRule, full_rank: int) -> int:
-    """Columns of the widest sketch that ``rule`` may need: all of them where its rank is not known beforehand."""
+def basis_width(rule: RankRule, full_rank: int) -> int:
+    """Columns of the basis that the truncated SVD grows for ``rule``, for most spectra: four blocks of 5/8 of the rank.
+
+    All columns where the rank is not known beforehand.
+    """
     known = [count for count in (rule.count, rule.max_rank) if count is not None]
-    return min(full_rank, 3 * min(known) // 2 + 8) if known else full_rank
+    return min(full_rank, 11 * min(known) // 4 + 16) if known else full_rank
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int | None:
