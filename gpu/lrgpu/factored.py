@@ -23,8 +23,6 @@ from typing import NamedTuple
 from lrgpu import backend
 from lrgpu.backend import Array
 
-_BLOCK = 512  # rows of a factor whose products are summed in float32
-_ROUGH = 1e-3  # product of both conditions (see _WORST) from which on such sums are good enough
 _WORST = 1e-6  # product of least over greatest eigenvalue of both Grams, scaled to a unit diagonal: below, QR
 
 
@@ -131,11 +129,7 @@ def _decompose(B: Array, A: Array, rank: int | None) -> tuple[Array, Array, Arra
     if full < r or dtype == xp.float64:  # a Gram of more columns than rows is singular
         return _shaped(lead, *_qr_route(B, A, k))
     gram_B, gram_A = _gram(B), _gram(_turned(A))
-    condition = _condition(gram_B) * _condition(gram_A)
-    if bool((condition <= _ROUGH).any()):  # sums in float32 may have decided that
-        gram_B, gram_A = _gram(B, exact=True), _gram(_turned(A), exact=True)
-        condition = _condition(gram_B) * _condition(gram_A)
-    sound = condition > _WORST
+    sound = _condition(gram_B) * _condition(gram_A) > _WORST
     if bool(sound.all()):
         return _shaped(lead, *_gram_route(B, A, gram_B, gram_A, k))
     if not bool(sound.any()):
@@ -174,20 +168,10 @@ def _qr_route(B: Array, A: Array, k: int) -> tuple[Array, Array, Array]:
     return library.cast(U, B.dtype), S, library.cast(Vh, A.dtype)
 
 
-def _gram(X: Array, *, exact: bool = False) -> Array:
-    """X^T X (b, r, r) in float64, of X (b, d, r).
-
-    Blocks of rows are multiplied in float32 and added up in float64, which errs by about 1e-7 of the diagonal and
-    takes half the time; ``exact`` does all of it in float64.
-    """
-    if exact:
-        X = _double(X)
-        return _turned(X) @ X
-    total = 0
-    for start in range(0, X.shape[-2], _BLOCK):
-        block = X[:, start : start + _BLOCK]
-        total = total + _double(_turned(block) @ block)
-    return total
+def _gram(X: Array) -> Array:
+    """X^T X in float64 from one copy of X in float64."""
+    X = _double(X)
+    return _turned(X) @ X
 
 
 def _condition(gram: Array) -> Array:
