@@ -154,7 +154,9 @@ def _gram_route(B: Array, A: Array, gram_B: Array, gram_A: Array, k: int) -> tup
     S = xp.sqrt(xp.clip(xp.flip(squares, (-1,)), 0, None))
     P = xp.flip(P, (-1,))[..., :k]
     X = (V / (root * scale[:, :, None])) @ P
-    Y = _turned(H @ P) / S[:, :k, None]
+    # A value that rounding has made zero has no vector: its row is zero, as is its share of the product.
+    leading = S[:, :k, None]
+    Y = _turned(H @ P) / xp.where(leading > 0, leading, xp.inf)
     return B @ library.cast(X, B.dtype), S, library.cast(Y, A.dtype) @ A
 
 

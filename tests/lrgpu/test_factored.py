@@ -180,3 +180,13 @@ def test_factors_that_do_not_fit_are_refused():
         svd_of_product(B, A[:11])
     with pytest.raises(TypeError, match="ndarray"):
         svd_of_product(B.numpy(), A.numpy())
+
+
+def test_columns_of_very_different_lengths_give_no_nan():
+    """Small columns of B meet small rows of A: singular values beyond the reach of a Gram, which may come out as 0."""
+    lengths = torch.tensor([1.0, 1.0, 1.0, 1e-5, 1e-5, 1e-6, 1e-7])
+    for seed in range(20):
+        B, A = normal(24, 7, seed=seed) * lengths, normal(7, 40, seed=seed + 100) * lengths[:, None]
+        U, S, Vh = svd_of_product(B, A)
+        assert bool(torch.isfinite(U).all() & torch.isfinite(S).all() & torch.isfinite(Vh).all()), seed
+        assert torch.linalg.vector_norm((U * S) @ Vh - B @ A) < 1e-5 * torch.linalg.vector_norm(B @ A)
