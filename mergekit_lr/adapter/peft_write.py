@@ -26,7 +26,6 @@ from mergekit_lr.checkpoint.writer import write_tensors
 from mergekit_lr.errors import FormatError, MismatchError, UsageError
 
 PREFIX = "base_model.model."
-_FLIPPED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 _STACKS = (Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED)
 
 
@@ -100,7 +99,7 @@ def _everywhere(adapter: Adapter, layout: Layout | None) -> dict[str, AdaptedWei
         for end in layout.ends(name):
             if end.name in adapter.weights and end.name != name:
                 continue
-            flip = (end.kind in _FLIPPED) != (weight.kind in _FLIPPED)
+            flip = end.kind.turned != weight.kind.turned
             delta = LowRank(weight.delta.B.mT, weight.delta.A.mT, weight.delta.scaling) if flip else weight.delta
             own = end.name == name
             spread[end.name] = AdaptedWeight(

@@ -27,6 +27,11 @@ class Kind(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def turned(self) -> bool:
+        """Whether the weight in its own layout is the transpose of the matrix (d_out, d_in)."""
+        return self in (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
+
 
 @dataclass(frozen=True)
 class Block:

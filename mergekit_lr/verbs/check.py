@@ -7,7 +7,6 @@ from pathlib import Path
 from mergekit_lr.adapter.open import open_adapter
 from mergekit_lr.adapter.target import TARGETS, fit
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
-from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.pair import layout_of
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import UsageError
@@ -27,13 +26,13 @@ def check_base(adapter: str | Path, base: str | Path | Checkpoint) -> tuple[str,
     opened = open_adapter(adapter).adapter
     problems = []
     for name, weight in opened.weights.items():
-        parameter = _find(layout, name)
+        parameter = layout.by_name.get(name)
         if parameter is None:
             problems.append(f"{name}: the base has no such parameter")
         elif _expected(parameter) != tuple(weight.delta.shape):
             problems.append(f"{name}: factors of {list(weight.delta.shape)}, the base has {list(_expected(parameter))}")
     for name, tensor in opened.saved.items():
-        parameter = _find(layout, name)
+        parameter = layout.by_name.get(name)
         if parameter is None and name not in layout.missing:
             problems.append(f"{name}: saved in full, the base has no such parameter")
         elif parameter is not None and parameter.shape != tuple(tensor.shape):
@@ -52,10 +51,6 @@ def check_server(adapter: str | Path, target: str, base: str | Path | None = Non
         raise UsageError(f"--for {target}: choose {', '.join(TARGETS)}")
     layout = layout_of(Checkpoint.open(base)) if base is not None else None
     return fit(open_adapter(adapter, layout=layout).adapter, target, layout).notes
-
-
-def _find(layout: Layout, name: str) -> Parameter | None:
-    return layout.by_name.get(name)
 
 
 def _expected(parameter: Parameter) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ Per module, for tasks t and u with deltas D_t = U_t S_t V_t^T:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mergekit_lr.adapter.adapter import Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.open import open_adapter
 from mergekit_lr.errors import MismatchError, UsageError
+from mergekit_lr.verbs.extract.compute import seed_of
 
 SAMPLED_ROWS = 256  # of each module, for the share of opposite signs
 Matrix = tuple[tuple[float, ...], ...]
@@ -126,7 +126,7 @@ def _module(name: str, tasks: tuple[int, ...], deltas: list[LowRank], seed: int)
         _tuples(inner),
         _tuples(member @ left.square() @ member.mT / least),
         _tuples(member @ right.square() @ member.mT / least),
-        _tuples(_opposite_signs(flat, _seed(seed, name))),
+        _tuples(_opposite_signs(flat, seed_of(seed, name))),
         float(crossed / values.sum()) if float(values.sum()) else 0.0,
     )
 
@@ -220,10 +220,6 @@ def _check_shapes(name: str, deltas: list[LowRank], names: list[str]) -> None:
                 f"{name} is {list(deltas[0].shape)} in {names[0]} and {list(delta.shape)} in {other}: adapters of "
                 "different bases cannot be compared"
             )
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
 def _tuples(matrix: Tensor) -> Matrix:

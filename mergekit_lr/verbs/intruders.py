@@ -21,11 +21,8 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.open import open_adapter
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.pair import layout_of, read_matrix
-from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.verbs.check import check_base
-
-TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def intruders(
         deltas = [weight.delta] if parameter.matrices == 1 else _experts(weight.delta)
         for index, delta in enumerate(deltas):
             matrix = read_matrix(checkpoint, parameter, index).float()
-            matrix = matrix.mT if parameter.kind in TURNED else matrix.reshape(matrix.shape[0], -1)
+            matrix = matrix.mT if parameter.kind.turned else matrix.reshape(matrix.shape[0], -1)
             label = name if len(deltas) == 1 else f"{name}[{index}]"
             found.extend(_of_matrix(label, matrix, delta.folded(), top, epsilon))
     if progress:

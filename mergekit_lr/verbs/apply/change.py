@@ -24,7 +24,6 @@ from mergekit_lr.adapter.variants.dora import rescaled
 from mergekit_lr.adapter.variants.site import as_matrix, wide
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 
-TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
 STACKED = (Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED)
 
 
@@ -54,7 +53,7 @@ class Change:
     def whole(self, kind: Kind) -> bool:
         """Whether it needs the whole matrix at once."""
         by_channel = self.magnitude is not None and self.magnitude.ndim == 2 and self.magnitude.shape[0] == 1
-        return self.made is not None or by_channel or (self.magnitude is not None and kind in TURNED)
+        return self.made is not None or by_channel or (self.magnitude is not None and kind.turned)
 
     @property
     def rank(self) -> int:
@@ -125,7 +124,7 @@ def squared(rows: Tensor) -> float:
 def own_factors(delta: LowRank, kind: Kind, index: int) -> tuple[Tensor, Tensor]:
     """(L, M) with scaling * L @ M the delta of matrix ``index`` in the weight's own layout: (R, r) and (r, C)."""
     A, B = (delta.A[index], delta.B[index]) if delta.A.ndim == 3 else (delta.A, delta.B)
-    return (A.mT, B.mT) if kind in TURNED else (B, A)
+    return (A.mT, B.mT) if kind.turned else (B, A)
 
 
 def _difference(changes: Sequence[Change], part: Part, out: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ def _in_full(change: Change, part: Part) -> list[Tensor]:
     made = change.made() if change.made is not None else None
     if made is not None:
         matrix = made.dense() if isinstance(made, LowRank) else made
-        own = matrix.mT if part.parameter.kind in TURNED else matrix
+        own = matrix.mT if part.parameter.kind.turned else matrix
         found.append(own.reshape(own_shape(part.parameter))[part.start : part.stop])
     return found
 
@@ -181,7 +180,7 @@ def _applied(base: Tensor, part: Part, change: Change) -> Tensor:
 
 def _rescaled(rows: Tensor, part: Part, delta: LowRank, magnitude: Tensor) -> Tensor:
     """DoRA's difference on ``rows``; of a linear layer each row stands for itself."""
-    turned = part.parameter.kind in TURNED
+    turned = part.parameter.kind.turned
     if not turned and not (magnitude.ndim == 2 and magnitude.shape[0] == 1):
         delta = LowRank(delta.A, delta.B[part.start : part.stop], delta.scaling)
         magnitude = magnitude.flatten()[part.start : part.stop]

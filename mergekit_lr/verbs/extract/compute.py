@@ -22,8 +22,6 @@ from mergekit_lr.graph.node import Node
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.verbs.extract.plan import Task
 
-TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
-
 
 class Finished(NamedTuple):
     """tensors: ``A`` (r, d_in) and ``Bt`` (r, d_out), where the delta was decomposed. figures: what JSON can hold."""
@@ -152,7 +150,7 @@ def seed_of(seed: int, name: str) -> int:
 
 def _as_matrix(tensor: Tensor, kind: Kind, shape: torch.Size) -> Tensor:
     """A weight in its own layout as the matrix (d_out, d_in) of a linear layer, as a view."""
-    return tensor.mT if kind in TURNED else tensor.reshape(shape)
+    return tensor.mT if kind.turned else tensor.reshape(shape)
 
 
 def _above_noise(rule: RankRule, noise: torch.dtype, base: Tensor, shape: torch.Size) -> RankRule:

@@ -38,8 +38,6 @@ from mergekit_lr.verbs.compress import compress
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, Step
 from mergekit_lr.verbs.merge.result import recipe_text
 
-TURNED = (Kind.TRANSPOSED, Kind.EMBEDDING, Kind.EXPERTS_TRANSPOSED)
-
 
 class Done(NamedTuple):
     """A merged module: factors A and B, or the dense change; and figures that JSON can hold."""
@@ -181,7 +179,7 @@ def _factors(merged: Tensor | LowRank, rank: int | None, seed: int) -> tuple[Low
 
 def _own_layout(delta: Tensor, step: Step) -> Tensor:
     """A dense change (..., d_out, d_in) as the weight itself is laid out."""
-    own = delta.mT if step.kind in TURNED else delta
+    own = delta.mT if step.kind.turned else delta
     return own.reshape(step.shape).contiguous() if step.kind is Kind.CONVOLUTION and step.shape else own.contiguous()
 
 
