@@ -21,9 +21,26 @@ def arcee_fusion(models: Sequence[Tensor], /, *, base: Tensor) -> Tensor:
     Importance is |delta| times the divergence KL(softmax(row of model) || softmax(row of base)); an element is
     taken from the median plus 1.5 interquartile ranges on. Quantiles are exact order statistics.
 
+    Formula:
+        I = |W_1 - W_0| KL(softmax(W_1) || softmax(W_0))
+        merged = W_1 where I >= median(I) + 1.5 (q_75 - q_25), else W_0
+
     Args:
         models: one tensor (..., m, n).
         base: (..., m, n).
+
+    Use when:
+        One fine-tune goes into a base and only its clearest changes should be kept, without a threshold to
+        tune.
+
+    Not when:
+        Most of what was learnt is in many small changes: they are dropped.
+
+    Cost:
+        O(m n), with three selections per tensor.
+
+    Example:
+        {}
     """
     model, base = widened(models[0]), widened(base)
     p, q = (torch.softmax(x, -1) + _SMOOTHING for x in (model, base))

@@ -30,6 +30,10 @@ def breadcrumbs(
 ) -> Tensor:
     """Drops outliers and small elements of each delta, and takes the weighted sum.
 
+    Formula:
+        tau_t = delta_t without its gamma m n largest elements, the next density m n kept
+        merged = scale sum_t w_t tau_t
+
     Args:
         deltas: T tensors (..., m, n).
         weights: one number per model.
@@ -39,6 +43,18 @@ def breadcrumbs(
         rescale: restore the L1 norm of the delta.
         scale: multiplies the result.
         compat: "mergekit" drops a whole tensor of which gamma is less than one element.
+
+    Use when:
+        Many tasks are added and a few outliers of each would dominate; no seed is involved.
+
+    Not when:
+        The largest changes carry the task, as in small adapters: they are what is dropped.
+
+    Cost:
+        O(T m n); two selections for each delta, one delta in memory at a time.
+
+    Example:
+        {density: 0.9, gamma: 0.01}
     """
     crumbs = _crumbs(deltas, density, gamma, rescale, compat)
     return weighted_sum(crumbs, weights, normalize=normalize) * scale
@@ -59,9 +75,26 @@ def breadcrumbs_ties(
 ) -> Tensor:
     """Drops outliers and small elements of each delta, and sums those of the elected sign.
 
+    Formula:
+        tau_t = delta_t without its gamma m n largest elements, the next density m n kept
+        s = sgn(sum_t w_t tau_t)
+        merged = scale sum_(sgn(tau_t) = s) w_t tau_t
+
     Args:
         deltas, weights, density, gamma, rescale, scale, compat: as for ``breadcrumbs``.
         normalize: divide by the sum of the weights of what agrees.
+
+    Use when:
+        As breadcrumbs, where tasks also disagree in sign.
+
+    Not when:
+        As breadcrumbs. The sum is not averaged by default: weights that sum to 1 keep its size.
+
+    Cost:
+        O(T m n); two selections for each delta, one delta in memory at a time.
+
+    Example:
+        {density: 0.9, gamma: 0.01, weight: 0.5}
     """
     crumbs = _crumbs(deltas, density, gamma, rescale, compat)
     return elected_sum(crumbs, weights, divisor="weights" if normalize else "none") * scale

@@ -13,8 +13,24 @@ from mergekit_lr.methods.registry import PerModel, method
 def cat(factors: Sequence[LowRank], /, *, weights: PerModel = 1.0) -> Delta:
     """The factors of all adapters side by side: exactly sum_t w_t B_t A_t.
 
+    Formula:
+        merged = sum_t w_t B_t A_t = [w_1 B_1 ... w_T B_T] [A_1; ...; A_T]
+
     Args:
         factors: T ``LowRank`` of any ranks.
         weights: one number per model, folded into B.
+
+    Use when:
+        Adapters are summed and nothing may be lost. An output rank, energy or size truncates the sum
+        afterwards, with the error printed.
+
+    Not when:
+        Adapters conflict, or the ranks would grow beyond what the server takes.
+
+    Cost:
+        A copy: no arithmetic but the weights.
+
+    Example:
+        {weight: 0.5}
     """
     return combine(weights, factors)

@@ -26,6 +26,10 @@ def core_space(
 ) -> Delta:
     """Merges adapters by another method in the coordinates of their joint bases; the result is an adapter.
 
+    Formula:
+        delta_t = U M_t V^T, U and V bases of all B_t and all A_t
+        merged = U inner(M_1, ..., M_T) V^T
+
     Args:
         factors: T ``LowRank`` of any ranks.
         keys: streams of random numbers, for an inner method that draws: for each model one per matrix of the batch.
@@ -33,6 +37,19 @@ def core_space(
         isotropize: make the singular values of the merged coordinates equal, as Iso-C does.
         rank: truncate the result to this rank; without it at most the sum of the adapters' ranks.
         parameters: of the inner method; not different for the matrices of a batch.
+
+    Use when:
+        Adapters are merged by a method that would otherwise take dense deltas. A recipe can say the same with
+        space: core and the method's own name; this name adds isotropize and rank.
+
+    Not when:
+        Inputs are not low-rank, or the ranks sum up to the size of the layer: nothing is gained.
+
+    Cost:
+        O((m + n) R^2 + R^3) for a total rank R, plus the inner method on matrices of R x R.
+
+    Example:
+        {inner: ties, density: 0.5, isotropize: false}
 
     Raises:
         UsageError: the inner method does not run in Core Space.

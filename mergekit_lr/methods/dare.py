@@ -34,6 +34,11 @@ def dare_linear(
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and takes the weighted sum.
 
+    Formula:
+        P(z_t = 1) = density
+        tau_t = z_t delta_t / density
+        merged = scale sum_t w_t tau_t
+
     Args:
         deltas: T tensors (..., m, n).
         keys: for each model the key of the random stream of each matrix of the batch.
@@ -43,6 +48,20 @@ def dare_linear(
         rescale: divide what is kept by ``density``, so that the expected delta is unchanged.
         scale: multiplies the result.
         compat: "mergekit" rescales to the L1 norm of the delta instead.
+
+    Use when:
+        Deltas are small and redundant, as after supervised fine-tuning: most elements may go, and different
+        tasks then rarely meet in one element.
+
+    Not when:
+        Deltas are large (continued pretraining): what is dropped is missed. A result must not depend on a seed:
+        use ties or breadcrumbs.
+
+    Cost:
+        O(T m n), one delta in memory at a time; random numbers are counted, not stored.
+
+    Example:
+        {density: 0.5}
     """
     return weighted_sum(_dropped(deltas, keys, density, rescale, compat), weights, normalize=normalize) * scale
 
@@ -62,9 +81,27 @@ def dare_ties(
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and sums those of the elected sign.
 
+    Formula:
+        P(z_t = 1) = density
+        tau_t = z_t delta_t / density
+        s = sgn(sum_t w_t tau_t)
+        merged = scale sum_(sgn(tau_t) = s) w_t tau_t
+
     Args:
         deltas, keys, weights, density, rescale, scale, compat: as for ``dare_linear``.
         normalize: divide by the sum of the weights of what agrees.
+
+    Use when:
+        As dare_linear, where tasks also disagree in sign.
+
+    Not when:
+        As dare_linear. The sum is not averaged by default: weights that sum to 1 keep its size.
+
+    Cost:
+        O(T m n), one delta in memory at a time.
+
+    Example:
+        {density: 0.5, weight: 0.5}
     """
     dropped = _dropped(deltas, keys, density, rescale, compat)
     return elected_sum(dropped, weights, divisor="weights" if normalize else "none") * scale

@@ -33,6 +33,12 @@ def della_linear(
 ) -> Tensor:
     """Drops elements at random by their rank in the row, rescales the rest, and takes the weighted sum.
 
+    Formula:
+        p_t = density - epsilon + 2 epsilon rank_t / (n - 1)
+        P(z_t = 1) = p_t
+        tau_t = z_t delta_t / p_t
+        merged = scale sum_t w_t tau_t
+
     Args:
         deltas: T tensors (..., m, n); the ranks are taken in each row.
         keys: for each model the key of the random stream of each matrix of the batch.
@@ -44,6 +50,18 @@ def della_linear(
         rescale: divide what is kept by its probability, so that the expected delta is unchanged.
         scale: multiplies the result.
         compat: "mergekit" rescales to the L1 norm of the delta instead.
+
+    Use when:
+        As dare_linear, where large elements should be kept more often than small ones of the same row.
+
+    Not when:
+        A density so near 0 or 1 that epsilon has no room: that is an error.
+
+    Cost:
+        O(T m n log n): each row is sorted.
+
+    Example:
+        {density: 0.5, epsilon: 0.2}
     """
     dropped = _dropped(deltas, keys, density, epsilon, rescale, compat)
     return weighted_sum(dropped, weights, normalize=normalize) * scale
@@ -65,9 +83,28 @@ def della(
 ) -> Tensor:
     """Drops elements at random by their rank in the row, rescales, and averages those of the elected sign.
 
+    Formula:
+        p_t = density - epsilon + 2 epsilon rank_t / (n - 1)
+        P(z_t = 1) = p_t
+        tau_t = z_t delta_t / p_t
+        s = sgn(sum_t w_t tau_t)
+        merged = scale sum_(sgn(tau_t) = s) w_t tau_t / sum_(sgn(tau_t) = s) w_t
+
     Args:
         deltas, keys, weights, density, epsilon, rescale, scale, compat: as for ``della_linear``.
         normalize: divide by the sum of the weights of what agrees.
+
+    Use when:
+        As dare_ties, where large elements should be kept more often than small ones of the same row.
+
+    Not when:
+        A density so near 0 or 1 that epsilon has no room: that is an error.
+
+    Cost:
+        O(T m n log n): each row is sorted.
+
+    Example:
+        {density: 0.5, epsilon: 0.2}
     """
     dropped = _dropped(deltas, keys, density, epsilon, rescale, compat)
     return elected_sum(dropped, weights, divisor="weights" if normalize else "none") * scale

@@ -20,11 +20,28 @@ from mergekit_lr.methods.registry import method
 def karcher(models: Sequence[Delta], /, *, max_iter: int = 10, tol: float = 1e-5) -> Delta:
     """The Riemannian mean of the models' directions, at the mean of their lengths.
 
+    Formula:
+        u = argmin_v sum_t angle(v, W_t)^2
+        merged = u / ||u|| * mean_t ||W_t||
+
     Args:
         models: T tensors (..., m, n), or T ``LowRank``; all count alike. A zero tensor has no direction but counts
             in the mean length.
         max_iter: gradient steps at most.
         tol: angle below which a model counts as reached, and step below which the iteration ends.
+
+    Use when:
+        Several models count alike and none of them should be a reference point.
+
+    Not when:
+        Models need weights (multislerp), or are fine-tunes of one base with small deltas, where linear gives
+        nearly the same.
+
+    Cost:
+        O(T^2 m n) for the inner products once; the iteration is on T numbers. Adapters stay factors.
+
+    Example:
+        {max_iter: 20}
     """
     products = gram(models)
     flat = products.reshape(-1, *products.shape[-2:])

@@ -21,10 +21,28 @@ def unchanged(models: Sequence[Tensor], /, **_: Any) -> Tensor:
 def laser(models: Sequence[Tensor], /, *, keep: float = 0.01, tolerance: float = 1e-3) -> Tensor:
     """The weight's best approximation of rank floor(keep min(m, n)), at least 1. Vectors stay as they are.
 
+    Formula:
+        W_1 = U S V^T
+        merged = U_k S_k V_k^T
+        k = max(1, floor(keep min(m, n)))
+
     Args:
         models: one weight (..., m, n).
         keep: the share of the rank that is kept; 1 leaves the weight as it is.
         tolerance: by what share the error may exceed the least possible.
+
+    Use when:
+        Some matrices, mostly of late MLP layers, are reduced in rank and the effect is measured; name them in
+        targets.
+
+    Not when:
+        Applied to the whole model: most layers lose by it.
+
+    Cost:
+        O(m n k) by a randomized range finder.
+
+    Example:
+        {keep: 0.5}
 
     Raises:
         UsageError: ``keep`` is not between 0 and 1.

@@ -15,10 +15,26 @@ from mergekit_lr.methods.registry import PerModel, method
 def linear(models: Sequence[Delta], /, *, weights: PerModel = 1.0, normalize: bool = True) -> Delta:
     """The weighted average of the models.
 
+    Formula:
+        merged = sum_t w_t W_t / sum_t w_t
+
     Args:
         models: T tensors (..., m, n), or T ``LowRank``, of which the average has the sum of the ranks.
         weights: one number per model.
         normalize: divide by the sum of the weights, unless that is 0.
+
+    Use when:
+        Models of one base were trained on the same task with other seeds or settings (a model soup), or as the
+        plain reference that any other merge has to beat.
+
+    Not when:
+        The models learnt different tasks: every delta shrinks by its share. task_arithmetic keeps their size.
+
+    Cost:
+        O(T m n), one model in memory at a time. Adapters stay factors; their ranks add up.
+
+    Example:
+        {weight: 0.5}
     """
     return combine(normalized(weights) if normalize else weights, models)
 

@@ -50,6 +50,11 @@ def lora_lego(
 ) -> Delta:
     """Clusters the rank-one units of all adapters and keeps one unit per cluster.
 
+    Formula:
+        delta_t = sum_i b_(t,i) a_(t,i)^T
+        clusters C_1, ..., C_k of all (a_(t,i), b_(t,i)) by k-means
+        merged = sum_j mean_(C_j)(b) mean_(C_j)(a)^T, rescaled
+
     Args:
         factors: T ``LowRank`` of any ranks.
         keys: the seed of the clustering: of the first model, one for each matrix of the batch.
@@ -62,7 +67,22 @@ def lora_lego(
         norm: of the reweighting.
         reweight: scale each mean to its members' mean norm, which averaging has lowered.
         rescale: multiply by sqrt(mean rank / number of clusters), which keeps the output's variance.
-        restarts, iterations: of the k-means.
+        restarts: runs of the k-means from other starts, of which the best counts.
+        iterations: of a run, at most.
+
+    Use when:
+        Many adapters become one of a small rank and units that do the same in several of them should be kept
+        once.
+
+    Not when:
+        The factors of one delta were rotated or come from an SVD of another tool: the result depends on how
+        they were taken apart. canonical: svd removes that.
+
+    Cost:
+        O((m + n) N^2) once for N units, then k-means on the N x N Gram matrix.
+
+    Example:
+        {rank: 8}
 
     Raises:
         UsageError: a weight is not above 0, or ``rank`` is out of range.

@@ -27,12 +27,31 @@ def model_stock(
 ) -> Tensor:
     """Model Stock: the average of the fine-tunes, drawn towards the base where they disagree.
 
+    Formula:
+        c = mean_(s != t) cos(delta_s, delta_t)
+        ratio = T c / (1 + (T - 1) c)
+        merged = W_0 + ratio * mean_t delta_t
+
     Args:
         models: N >= 2 fine-tunes (..., m, n).
         base: (..., m, n).
         filter_wise: a ratio for each row instead of one for the tensor.
         compat: the paper's ratio is within [0, 1], since its angles are at most right ones. "mergekit" takes the
             formula as it is: a negative cosine moves away from the base, without bound near -1 / (N - 1).
+
+    Use when:
+        Two or more fine-tunes of one task are averaged and no data is at hand to tune a scale: the angle
+        between them sets it, tensor by tensor.
+
+    Not when:
+        The fine-tunes learnt different tasks: their deltas are near-orthogonal, the ratio near 0, and the
+        result near the base.
+
+    Cost:
+        O(T^2 m n). The base is read as well.
+
+    Example:
+        {filter_wise: false}
     """
     deltas = [widened(model) - base for model in models]
     rows = torch.stack(deltas, -2) if filter_wise else None

@@ -31,12 +31,29 @@ def multislerp(
 ) -> Delta:
     """The weighted mean direction of several models, or of their deltas, at their weighted mean length.
 
+    Formula:
+        u = sum_t w_t W_t / ||W_t||
+        merged = u / ||u|| * sum_t w_t ||W_t||
+
     Args:
         models: T tensors (..., m, n), or T ``LowRank``. One model is returned as it is.
         base: what the deltas are relative to.
         weights: one number per model.
         normalize_weights: divide the weights by their sum.
         eps: added to each length before dividing by it; a mean shorter than this has no direction.
+
+    Use when:
+        Several models are blended with weights and the lengths should be kept; with a base_model their deltas
+        are.
+
+    Not when:
+        The exact mean on the sphere is wanted (karcher), or the weighted directions cancel, which is an error.
+
+    Cost:
+        O(T^2 m n) for the inner products, O(T m n) for the sum. Adapters stay factors.
+
+    Example:
+        {weight: 0.5}
 
     Raises:
         UsageError: the weighted unit vectors cancel, for more than two models. For two the weighted sum is taken.

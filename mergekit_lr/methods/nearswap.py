@@ -17,10 +17,27 @@ def nearswap(models: Sequence[Tensor], /, *, base: Tensor, t: Number) -> Tensor:
 
     W_0 + c (W_1 - W_0) with c = t / |W_1 - W_0|, at least 0 and at most 1.
 
+    Formula:
+        merged = W_0 + c (W_1 - W_0)
+        c = min(1, t / |W_1 - W_0|)
+
     Args:
         models: one tensor (..., m, n).
         base: (..., m, n).
         t: the largest move.
+
+    Use when:
+        A second model should colour the base lightly: what is near is taken over whole, what is far moves by t
+        at most.
+
+    Not when:
+        Large changes are what the second model is good for.
+
+    Cost:
+        O(m n).
+
+    Example:
+        {t: 0.0001}
     """
     delta = widened(models[0]) - base
     share = (t / delta.abs()).nan_to_num(nan=0.0, posinf=1.0).clamp(0, 1)

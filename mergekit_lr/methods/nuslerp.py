@@ -28,12 +28,29 @@ def nuslerp(
 ) -> Delta:
     """Spherical interpolation of two models at w_2 / (w_1 + w_2), of their deltas if there is a base.
 
+    Formula:
+        t = w_2 / (w_1 + w_2)
+        merged = (sin((1 - t) a) W_1 + sin(t a) W_2) / sin(a)
+
     Args:
         models: two tensors (..., m, n), or two ``LowRank``.
         base: what the deltas are relative to.
         weights: two numbers; a sum of 0 means the middle.
         nuslerp_flatten: the whole tensor is one vector; otherwise each row is.
         nuslerp_row_wise: with ``nuslerp_flatten`` off: each column is. (The name is mergekit's.)
+
+    Use when:
+        As slerp, with a weight for each model; with a base_model the deltas are interpolated, where angles are
+        large enough to matter.
+
+    Not when:
+        More than two models are merged: multislerp or karcher.
+
+    Cost:
+        O(m n): three inner products and one sum. By rows as much again.
+
+    Example:
+        {weight: 0.5}
     """
     deltas = models if base is None else [widened(_dense(model)) - base for model in models]
     t = _share(weights)

@@ -113,9 +113,26 @@ def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
     Here the norm that is kept is the tensor's own. :func:`begin` and :func:`merge_next` do the same for a whole model,
     where the norm is the model's, as in the paper.
 
+    Formula:
+        tau = U S V^T, what is merged so far
+        delta_t' = delta_t - U_k U_k^T delta_t V_k V_k^T - sum_(i > k) u_i u_i^T delta_t v_i v_i^T
+        tau <- (lambda tau + delta_t') / lambda'
+
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``, in the order in which they are merged.
         alpha: the share of the nuclear norm whose directions are protected.
+
+    Use when:
+        Models come one after the other and earlier ones are no longer at hand.
+
+    Not when:
+        All models are there at once and their order should not matter: tsv_m or iso_c.
+
+    Cost:
+        An SVD of what is merged for each further model. Adapters stay factors, and their ranks add up.
+
+    Example:
+        {alpha: 0.5}
     """
     return _merged(deltas, alpha=alpha, matrices=("",))
 

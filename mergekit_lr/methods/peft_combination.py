@@ -31,9 +31,27 @@ Combination = Literal[
 def factor_average(factors: Sequence[LowRank], /, *, weights: PerModel = 1.0) -> LowRank:
     """PEFT's "linear": A and B averaged apart, which is not the weighted sum of the deltas.
 
+    Formula:
+        A = sum_t sqrt(|w_t s_t|) A_t
+        B = sum_t sgn(w_t) sqrt(|w_t s_t|) B_t
+        merged = B A
+
     Args:
         factors: T ``LowRank`` of one rank.
         weights: one number per model.
+
+    Use when:
+        A result of PEFT's add_weighted_adapter with combination_type linear must be reproduced.
+
+    Not when:
+        The sum of the deltas is meant: products of one adapter's B with another's A appear here. cat and svd
+        are the sum.
+
+    Cost:
+        O((m + n) R).
+
+    Example:
+        {weight: 0.5}
 
     Raises:
         MismatchError: the ranks differ.
@@ -56,6 +74,10 @@ def peft(
 ) -> LowRank:
     """Combines adapters as PEFT's ``add_weighted_adapter`` does.
 
+    Formula:
+        linear: A = sum_t sqrt(|w_t s_t|) A_t, B = sum_t sqrt(|w_t s_t|) B_t
+        svd: merged = rank-k part of sum_t w_t s_t B_t A_t
+
     Args:
         factors: T ``LowRank``; of one rank for combinations without "svd" and other than "cat".
         keys: streams of random numbers for the "dare" ones: for each model one per matrix of the batch.
@@ -65,6 +87,19 @@ def peft(
         majority_sign_method: elect the sign of the sum, or the sign that most have.
         rank: of the "svd" ones; without it the largest of the adapters'.
         clamp: PEFT's ``svd_clamp``: the quantile of both factors' elements at which they are cut off.
+
+    Use when:
+        A result of PEFT's add_weighted_adapter must be reproduced, whichever combination_type it had.
+
+    Not when:
+        Nothing has to be reproduced: ties in the space core is cheaper than ties_svd and forms no dense delta.
+
+    Cost:
+        Combinations by factor: O((m + n) R). svd alone: O((m + n) R^2 + R^3). The other svd ones form the dense
+        delta: O(m n min(m, n)).
+
+    Example:
+        {combination: ties, density: 0.5}
 
     Raises:
         MismatchError: the ranks differ.

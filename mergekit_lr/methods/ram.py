@@ -15,10 +15,27 @@ from mergekit_lr.methods.registry import Number, method
 def ram(deltas: Sequence[Tensor], /, *, epsilon: Number = 1e-5, scale: Number = 1.0) -> Tensor:
     """Averages elements that several models changed and keeps those that one did.
 
+    Formula:
+        c = count_t(|delta_t| > epsilon)
+        merged = scale sum_(|delta_t| > epsilon) delta_t / max(c, 1)
+
     Args:
         deltas: T tensors (..., m, n); read twice.
         epsilon: an element counts as changed if its magnitude is above this.
         scale: multiplies the result.
+
+    Use when:
+        Models that were trained by reinforcement learning, whose changes are sparse: what only one of them
+        changed keeps its size.
+
+    Not when:
+        Every element changed in every model: then it is the average.
+
+    Cost:
+        O(T m n), with two reads of every delta.
+
+    Example:
+        {epsilon: 1.0e-5}
     """
     changed = _changes(deltas, epsilon)
     total = torch.zeros_like(widened(deltas[0]))
@@ -42,11 +59,29 @@ def ramplus_tl(
     Unique elements of a model are multiplied by 1 + r min(rho, alpha), rho = its shared over its unique elements
     in the tensor.
 
+    Formula:
+        c = count_t(|delta_t| > epsilon)
+        f_t = 1 + r min(rho_t, alpha) where c = 1, else 1
+        merged = scale sum_(|delta_t| > epsilon) f_t delta_t / max(c, 1)
+
     Args:
         deltas: T tensors (..., m, n); read twice.
-        r, alpha: as above.
+        r: how much unique elements are strengthened.
+        alpha: the overlap from which on they are no more so.
         epsilon: an element counts as changed if its magnitude is above this.
         scale: multiplies the result.
+
+    Use when:
+        As ram, where the averaging of shared changes should be made up for by the unique ones.
+
+    Not when:
+        As ram.
+
+    Cost:
+        O(T m n), with two reads of every delta.
+
+    Example:
+        {r: 0.1, alpha: 0.2}
     """
     changed = _changes(deltas, epsilon)
     unique = changed == 1

@@ -26,11 +26,30 @@ def sce(
 ) -> Tensor:
     """Keeps the elements that vary most between models and averages those of the elected sign by energy.
 
+    Formula:
+        tau_t = delta_t where the variance over t is among the select_topk largest
+        w_t = ||tau_t||^2 / sum_s ||tau_s||^2
+        s = sgn(sum_t tau_t)
+        merged = scale sum_(sgn(tau_t) = s) w_t tau_t / sum_(sgn(tau_t) = s) w_t
+
     Args:
         deltas: T tensors (..., m, n); read three times.
         select_topk: the share of the elements with any variance that is kept, those that vary most.
         scale: multiplies the result.
         compat: "mergekit" weighs all models alike where their energies sum to less than 1e-6.
+
+    Use when:
+        Models of one architecture were taught by different teachers and no weights are known: they follow from
+        the energies, tensor by tensor.
+
+    Not when:
+        One of two models is much stronger in norm: it outweighs the other.
+
+    Cost:
+        O(T m n), with three reads of every delta and one selection.
+
+    Example:
+        {select_topk: 0.5}
     """
     mask = _varying(deltas, select_topk)
     energies = [(widened(delta) * mask).double().square().mean((-2, -1), keepdim=True) for delta in deltas]

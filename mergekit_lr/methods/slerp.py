@@ -23,9 +23,27 @@ def slerp(models: Sequence[Delta], /, *, t: Number) -> Delta:
 
     The vectors keep their lengths: for unequal ones the result's length is between, though not linear in t.
 
+    Formula:
+        merged = (sin((1 - t) a) W_1 + sin(t a) W_2) / sin(a)
+        cos(a) = <W_1, W_2> / (||W_1|| ||W_2||)
+
     Args:
         models: two tensors (..., m, n), or two ``LowRank``.
         t: where on the arc. Nearly parallel or opposite vectors are interpolated linearly.
+
+    Use when:
+        Two models are blended and the length of the weights should not sink as in an average. A gradient of t
+        over the layers gives each end of the network to one of them.
+
+    Not when:
+        There are more than two models (multislerp, karcher), or the two are nearly parallel, as fine-tunes of
+        one base mostly are: there slerp is a plain average.
+
+    Cost:
+        O(m n): three inner products and one sum. Adapters stay factors.
+
+    Example:
+        {t: 0.5}
     """
     first, second = arc(gram(models), t, 1 - _COLLINEAR)
     return combine([first, second], models)

@@ -15,10 +15,25 @@ def task_arithmetic(
 ) -> Delta:
     """The weighted sum of the deltas.
 
+    Formula:
+        merged = scale sum_t w_t delta_t
+
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``, of which the sum has the sum of the ranks.
         weights: one number per model.
         normalize: divide by the sum of the weights, unless that is 0.
         scale: multiplies the result.
+
+    Use when:
+        The first thing to try with fine-tunes of one base. A negative weight takes a task out.
+
+    Not when:
+        Many tasks are added at weight 1: the sum grows. Tune scale, or use a method that resolves conflicts.
+
+    Cost:
+        O(T m n), one delta in memory at a time. Adapters stay factors; their ranks add up.
+
+    Example:
+        {weight: 0.5}
     """
     return scaled(combine(normalized(weights) if normalize else weights, deltas), scale)

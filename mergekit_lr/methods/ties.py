@@ -34,6 +34,11 @@ def ties(
 ) -> Tensor:
     """Trims each delta, elects a sign per element, and averages the values of that sign.
 
+    Formula:
+        tau_t = the density m n largest elements of delta_t
+        s = sgn(sum_t w_t tau_t)
+        merged = scale sum_(sgn(tau_t) = s) w_t tau_t / sum_(sgn(tau_t) = s) w_t
+
     Args:
         deltas: T tensors (..., m, n).
         weights: one number per model.
@@ -47,6 +52,20 @@ def ties(
         majority: the sign of the sum, or the sign that most have.
         zero_sign: the sign that a sum of exactly 0 elects: +, or what prevails in the tensor.
         divide_by: average over the weights of what agrees, or over its count (paper, PEFT).
+
+    Use when:
+        Three or more fine-tunes disagree in sign (lrmerge compare shows the share): opposite changes are not
+        averaged away.
+
+    Not when:
+        Two similar models are merged, or a scale cannot be tuned: averaging over what agrees makes the result
+        larger than linear does.
+
+    Cost:
+        O(T m n); the threshold is found by selection, one delta in memory at a time.
+
+    Example:
+        {density: 0.5}
     """
     trimmed = _trimmed(deltas, density, threshold, rescale)
     merged = elected_sum(
