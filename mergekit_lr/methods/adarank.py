@@ -45,7 +45,7 @@ def adarank(
 
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``.
-        weights: one coefficient per model. The paper starts from 0.3 for eight tasks, or 2.3 with ``centered``.
+        weights: one coefficient for each model. The paper starts from 0.3 for eight tasks, or 2.3 with ``centered``.
         masks: logits (..., T, p), p = min(m, n), or the rank for factors: a component is kept if its logit is positive.
         ratio: without masks, the share of the leading components that is kept; 0 means 1 / T.
         centered: decompose the deltas' differences from their mean and add that: the CART variant.

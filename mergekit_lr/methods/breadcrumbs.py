@@ -36,7 +36,7 @@ def breadcrumbs(
 
     Args:
         deltas: T tensors (..., m, n).
-        weights: one number per model.
+        weights: one number for each model.
         density: the share of elements that is kept, floor(density n) of them.
         gamma: the share of the largest that is dropped; fewer where ``density`` does not allow so many.
         normalize: divide by the sum of the weights, unless that is 0.

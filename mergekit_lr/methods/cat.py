@@ -18,7 +18,7 @@ def cat(factors: Sequence[LowRank], /, *, weights: PerModel = 1.0) -> Delta:
 
     Args:
         factors: T ``LowRank`` of any ranks.
-        weights: one number per model, folded into B.
+        weights: one number for each model, folded into B.
 
     Use when:
         Adapters are summed and nothing may be lost. An output rank, energy or size truncates the sum

@@ -42,7 +42,7 @@ def dare_linear(
     Args:
         deltas: T tensors (..., m, n).
         keys: for each model the key of the random stream of each matrix of the batch.
-        weights: one number per model.
+        weights: one number for each model.
         density: the probability that an element is kept.
         normalize: divide by the sum of the weights, unless that is 0.
         rescale: divide what is kept by ``density``, so that the expected delta is unchanged.

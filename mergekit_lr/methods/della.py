@@ -42,7 +42,7 @@ def della_linear(
     Args:
         deltas: T tensors (..., m, n); the ranks are taken in each row.
         keys: for each model the key of the random stream of each matrix of the batch.
-        weights: one number per model.
+        weights: one number for each model.
         density: the mean probability that an element is kept; 1 keeps all.
         epsilon: the smallest of a row is kept with probability density - epsilon, the largest with density +
             epsilon; both must be between 0 and 1.

@@ -44,7 +44,7 @@ def iso_c(
 
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``.
-        weights: one number per model, inside the sum.
+        weights: one number for each model, inside the sum.
         scale: multiplies the result; the paper tunes it between 0.1 and 3 on held-out data.
         support: which directions count. "range": those of the numerical range, rho of them, and the mean is over
             rho. "range_full_mean": the same, with the mean over min(m, n). "full": all min(m, n), the null vectors

@@ -39,7 +39,7 @@ def iso_cts(
 
     Args:
         deltas: T tensors (..., m, n).
-        weights: one number per model.
+        weights: one number for each model.
         scale: multiplies the result.
         common_fraction: the share of the directions that comes from the sum; 1 gives Iso-C.
 

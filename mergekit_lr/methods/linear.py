@@ -20,7 +20,7 @@ def linear(models: Sequence[Delta], /, *, weights: PerModel = 1.0, normalize: bo
 
     Args:
         models: T tensors (..., m, n), or T ``LowRank``, of which the average has the sum of the ranks.
-        weights: one number per model.
+        weights: one number for each model.
         normalize: divide by the sum of the weights, unless that is 0.
 
     Use when:

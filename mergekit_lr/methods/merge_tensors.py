@@ -41,7 +41,7 @@ def merge_tensors(
             weights. Of each, the last two axes are a matrix and others a batch; with fewer than two it is a vector.
         base: for methods on deltas the inputs are then weights, of which the base is subtracted first and to the
             result added; for methods on weights what the method says.
-        weights: one number per model, or one for all.
+        weights: one number for each model, or one for all.
         space: "full", or for ``LowRank`` inputs "core" or "knots".
         seed, name_of_tensor, models: what random masks depend on: the seed, the tensor's name (one for each matrix of
             a batch), and a label for each model (its number without).

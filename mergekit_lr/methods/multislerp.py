@@ -38,7 +38,7 @@ def multislerp(
     Args:
         models: T tensors (..., m, n), or T ``LowRank``. One model is returned as it is.
         base: what the deltas are relative to.
-        weights: one number per model.
+        weights: one number for each model.
         normalize_weights: divide the weights by their sum.
         eps: added to each length before dividing by it; a mean shorter than this has no direction.
 

@@ -15,8 +15,6 @@ from mergekit_lr.methods.registry import Number, method
 def nearswap(models: Sequence[Tensor], /, *, base: Tensor, t: Number) -> Tensor:
     """The base moved towards the model by at most ``t`` in every element.
 
-    W_0 + c (W_1 - W_0) with c = t / |W_1 - W_0|, at least 0 and at most 1.
-
     Formula:
         merged = W_0 + c (W_1 - W_0)
         c = min(1, t / |W_1 - W_0|)

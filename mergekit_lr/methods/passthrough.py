@@ -15,6 +15,10 @@ def passthrough(models: Sequence[Delta], /, *, scale: PerModel = 1.0) -> Delta:
     Formula:
         merged = scale W_1
 
+    Args:
+        models: one tensor (..., m, n), or one ``LowRank``.
+        scale: multiplies the tensor.
+
     Use when:
         Layers of models are stacked on each other (slices), or a model is copied with some tensors scaled.
 

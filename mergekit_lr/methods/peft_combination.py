@@ -38,7 +38,7 @@ def factor_average(factors: Sequence[LowRank], /, *, weights: PerModel = 1.0) ->
 
     Args:
         factors: T ``LowRank`` of one rank.
-        weights: one number per model.
+        weights: one number for each model.
 
     Use when:
         A result of PEFT's add_weighted_adapter with combination_type linear must be reproduced.
@@ -82,7 +82,7 @@ def peft(
         factors: T ``LowRank``; of one rank for combinations without "svd" and other than "cat".
         keys: streams of random numbers for the "dare" ones: for each model one per matrix of the batch.
         combination: PEFT's ``combination_type``.
-        weights: one number per model.
+        weights: one number for each model.
         density: the share that is kept, of each factor or delta.
         majority_sign_method: elect the sign of the sum, or the sign that most have.
         rank: of the "svd" ones; without it the largest of the adapters'.

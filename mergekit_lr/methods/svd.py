@@ -29,7 +29,7 @@ def svd(
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``, of which no dense matrix is formed.
         rank: of the result; at or above the rank of the sum nothing is lost.
-        weights: one number per model.
+        weights: one number for each model.
         scale: multiplies the result.
         tolerance: by what share a dense sum's truncation error may exceed the least possible.
 

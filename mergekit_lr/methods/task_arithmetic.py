@@ -20,7 +20,7 @@ def task_arithmetic(
 
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``, of which the sum has the sum of the ranks.
-        weights: one number per model.
+        weights: one number for each model.
         normalize: divide by the sum of the weights, unless that is 0.
         scale: multiplies the result.
 

@@ -41,7 +41,7 @@ def ties(
 
     Args:
         deltas: T tensors (..., m, n).
-        weights: one number per model.
+        weights: one number for each model.
         density: the share of a tensor's elements that is kept, floor(density n) of them, the largest.
         threshold: keep every element of at least this magnitude instead. With :func:`trim_threshold` that trims
             over a whole model, as the paper does, where ``density`` trims each tensor.
@@ -58,8 +58,7 @@ def ties(
         averaged away.
 
     Not when:
-        Two similar models are merged, or a scale cannot be tuned: averaging over what agrees makes the result
-        larger than linear does.
+        Two similar models are merged: averaging only what agrees makes the result larger than their average.
 
     Cost:
         O(T m n); the threshold is found by selection, one delta in memory at a time.

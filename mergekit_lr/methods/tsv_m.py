@@ -36,7 +36,7 @@ def tsv_m(
 
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``.
-        weights: one number per model.
+        weights: one number for each model.
         scale: multiplies the result.
         rank: triplets of each task; without it floor(min(m, n) / T). Never more than a delta has: null vectors
             would disturb those that count.
