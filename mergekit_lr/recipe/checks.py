@@ -70,6 +70,13 @@ def check_space(recipe: Recipe) -> None:
     chosen = [key for key in ("rank", "energy", "size") if getattr(doc.output, key) is not None]
     if len(chosen) > 1:
         raise error(("output", chosen[1]), f"{chosen[0]} chooses the rank already; give one")
+    ours = [key for key in ("format", "target", "component") if getattr(doc.output, key) is not None]
+    if ours and (doc.adapters is None or doc.output.kind == "model"):
+        raise error(("output", ours[0]), "is of adapters; the result is a model")
+    if doc.output.target is not None and doc.output.format not in (None, "peft"):
+        raise error(("output", "target"), f"{doc.output.target} reads PEFT folders; leave format out")
+    if doc.output.dora == "fold" and doc.base_model is None:
+        raise error(("output", "dora"), "a DoRA rescales the base's own weights; give base_model")
     if doc.adapters is None:
         if doc.space != "full":
             raise error(("space",), f"the space {doc.space!r} is for adapters; models are merged in full")
@@ -83,7 +90,7 @@ def check_space(recipe: Recipe) -> None:
             spaces = ", ".join(method.spaces)
             raise error(("space",), f"{method.name} does not run in the space {doc.space!r}; choose {spaces}")
         if method.takes == "weights" and (method.base == "required" or not method.factored):
-            raise error(("merge_method",), f"{method.name} merges whole weights; list models, or choose another method")
+            raise error(("merge_method",), f"{method.name} merges whole weights; list models, each as BASE+ADAPTER")
         if doc.output.kind == "model" and doc.base_model is None:
             raise error(("output", "kind"), "a model needs the base_model that the adapters go onto")
         if doc.output.kind != "model" and doc.output.shard_size is not None:

@@ -50,9 +50,17 @@ class AdapterEntry(_Strict):
 
 
 class Output(_Strict):
-    """What to write. Of an adapter, at most one of ``rank``, ``energy`` and ``size`` says how far to truncate."""
+    """What to write. Of an adapter, at most one of ``rank``, ``energy`` and ``size`` says how far to truncate.
+
+    ``format``: the dialect of an adapter. ``target``: the server that it must load in. ``component``: the part of a
+    pipeline that it is of. ``dora``: keep magnitudes, or fold what they do into differences.
+    """
 
     kind: Literal["model", "adapter"] | None = None
+    format: Literal["peft", "kohya", "lycoris", "diffusers", "comfy"] | None = None
+    target: Literal["peft", "vllm", "sglang", "tensorrt-llm"] | None = None
+    component: str | None = None
+    dora: Literal["keep", "fold"] = "keep"
     dtype: Dtype | None = None
     shard_size: Size | None = None
     rank: int | None = Field(default=None, ge=1)
