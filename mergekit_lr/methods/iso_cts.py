@@ -35,7 +35,7 @@ def iso_cts(
     Formula:
         sum_t w_t delta_t = U S V^T
         E_t = w_t delta_t - U_k U_k^T w_t delta_t = U_t S_t V_t^T
-        merged = scale mean(S_*) polar([U_k U_1 ... U_T]) polar([V_k V_1 ... V_T])^T
+        merged = scale mean(S, S_1, ..., S_T) polar([U_k U_1 ... U_T]) polar([V_k V_1 ... V_T])^T
 
     Args:
         deltas: T tensors (..., m, n).

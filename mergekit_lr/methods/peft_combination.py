@@ -32,8 +32,8 @@ def factor_average(factors: Sequence[LowRank], /, *, weights: PerModel = 1.0) ->
     """PEFT's "linear": A and B averaged apart, which is not the weighted sum of the deltas.
 
     Formula:
-        A = sum_t sqrt(|w_t s_t|) A_t
-        B = sum_t sgn(w_t) sqrt(|w_t s_t|) B_t
+        A = sum_t sgn(w_t s_t) sqrt(|w_t s_t|) A_t
+        B = sum_t sqrt(|w_t s_t|) B_t
         merged = B A
 
     Args:
@@ -75,7 +75,7 @@ def peft(
     """Combines adapters as PEFT's ``add_weighted_adapter`` does.
 
     Formula:
-        linear: A = sum_t sqrt(|w_t s_t|) A_t, B = sum_t sqrt(|w_t s_t|) B_t
+        linear: A = sum_t sgn(w_t s_t) sqrt(|w_t s_t|) A_t, B = sum_t sqrt(|w_t s_t|) B_t
         svd: merged = rank-k part of sum_t w_t s_t B_t A_t
 
     Args:
