@@ -1,5 +1,6 @@
 # make demo   the tool at work on two small trained checkpoints (makes .venv with what it needs)
 # make test   every check: lint, format, types, import walls, tests
+# make docs   build the documentation into build/docs, every warning an error
 # make fmt    format and fix in place
 # make bench  ratios against peers and against the floor; BENCH_ARGS="--sizes 512,1024 --no-peers"
 # make clean  remove what was made, .venv too
@@ -13,7 +14,7 @@ BENCH_ARGS ?=
 # Two workers with one thread each are faster than one worker with two, and give the same bits everywhere.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fmt bench venv clean
+.PHONY: demo test docs fmt bench venv clean
 
 demo: .venv/runtime
 	$(BIN)/lrmerge extract examples/demo/base examples/demo/finetuned -o build/demo/rank-16 --rank 16 --overwrite
@@ -25,6 +26,9 @@ test: .venv/dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: .venv/dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 fmt: .venv/dev
 	$(BIN)/ruff check --fix .
