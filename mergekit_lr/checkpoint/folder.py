@@ -41,7 +41,8 @@ class OutputFolder:
             raise UsageError(f"{out}: --out names a folder to make, this is the root of the disk")
         self.partial = self.out.with_name(self.out.name + ".partial")
         try:
-            self._check(overwrite, [path.resolve() for path in inputs])
+            self._check_free([path.resolve() for path in inputs])
+            self._check_earlier(overwrite)
             if self.partial.exists() and not resume:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,8 @@ class OutputFolder:
     def _aside(self, count: int) -> Path:
         return self.out.with_name(f"{self.out.name}.old{count or ''}")
 
-    def _check(self, overwrite: bool, inputs: list[Path]) -> None:
+    def _check_free(self, inputs: list[Path]) -> None:
+        """Stop where an input, or something that is not ours, lies in the way of the work."""
         for path in inputs:
             if path in (self.out, self.partial) or self.out in path.parents or self.partial in path.parents:
                 raise UsageError(f"{self.out}: is or holds an input of this run; choose another --out")
@@ -92,6 +94,9 @@ class OutputFolder:
                     f"{self.partial}: is needed for unfinished work and holds something else; move it, or choose "
                     "another --out"
                 )
+
+    def _check_earlier(self, overwrite: bool) -> None:
+        """Stop at what stands at OUT already, unless it may be replaced."""
         if not self.out.exists():
             return
         if not self.out.is_dir():
@@ -105,6 +110,29 @@ class OutputFolder:
             raise UsageError(
                 f"{self.out}: holds no result of lrmerge, so --overwrite does not replace it; remove it first"
             )
+
+
+class OutputFile(OutputFolder):
+    """One file ``NAME.safetensors`` with its manifest ``NAME.lrmerge.json``; the work on both goes to a folder.
+
+    Raises:
+        UsageError: as for a folder; or OUT does not end in ``.safetensors``.
+    """
+
+    FILE = "adapter.safetensors"  # in the folder
+
+    def finish(self) -> Path:
+        """Put the finished file and its manifest at their places and return the file's path."""
+        os.replace(self.partial / "lrmerge.json", self.out.with_suffix(".lrmerge.json"))
+        os.replace(self.partial / self.FILE, self.out)
+        shutil.rmtree(self.partial)
+        return self.out
+
+    def _check_earlier(self, overwrite: bool) -> None:
+        if self.out.suffix != ".safetensors" or self.out.is_dir():
+            raise UsageError(f"{self.out}: is written as one file; --out ends in .safetensors")
+        if self.out.exists() and not overwrite:
+            raise UsageError(f"{self.out}: exists already; add --overwrite to replace it, or choose another --out")
 
 
 def _names(folder: Path) -> set[str]:

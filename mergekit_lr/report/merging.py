@@ -34,6 +34,11 @@ class MergedTensor:
         """Frobenius norm of the change."""
         return math.sqrt(self.squared_norm)
 
+    @property
+    def error(self) -> float:
+        """What rounding, or truncation, lost of the change, relative to its norm."""
+        return math.sqrt(self.rounding / self.squared_norm) if self.squared_norm else 0.0
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -41,7 +46,8 @@ class MergeReport:
 
     out: its folder, None in memory. kind: model or adapter. method: its name. models: what was merged. tensors: every
     tensor of the result, in order. states: how many are merged, copied, converted. result: the tensors themselves
-    where they were asked for in memory; adapter: likewise.
+    where they were asked for in memory; adapter: likewise. format: the dialect of an adapter. target: the server that
+    it was made for.
     """
 
     out: str | None
@@ -61,6 +67,8 @@ class MergeReport:
     seconds: float
     result: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False, compare=False)
+    format: str | None = None
+    target: str | None = None
 
     @property
     def norm(self) -> float:

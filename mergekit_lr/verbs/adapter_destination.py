@@ -105,7 +105,7 @@ class Destination:
         layout = base.layout if base is not None else None
         if layout is not None and not adapter.weights.keys() <= layout.by_name.keys():
             layout = None  # single experts, under names that only the disk has
-        peft.save(_with_axes(adapter), folder.partial, layout=layout)
+        peft.save(with_axes(adapter), folder.partial, layout=layout)
         if adapter.metadata:
             write_file(file, load_file(file), {"format": "pt", **adapter.metadata})
         if report.target in SERVERS:
@@ -140,7 +140,7 @@ def _manifest(report: AdapterReport, source: Source, base: Base | None, options:
     return manifest(report.verb, inputs, options, report.to_json())
 
 
-def _with_axes(adapter: Adapter) -> Adapter:
+def with_axes(adapter: Adapter) -> Adapter:
     """DoRA magnitudes in PEFT's axes: a convolution's as (1, d_out, 1, ...).
 
     Raises:
