@@ -78,6 +78,10 @@ class Journal:
         self._log.flush()
         del self.figures[name]
 
+    def keys(self, name: str) -> list[str]:
+        """Keys of the tensors of node ``name``."""
+        return list(self._places[name])
+
     def tensor(self, name: str, key: str) -> Tensor:
         """Tensor ``key`` of node ``name``, mapped from the disk."""
         return read_tensor(self._places[name][key])

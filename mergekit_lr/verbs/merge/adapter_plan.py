@@ -1,65 +1,49 @@
-"""What a merge of adapters will do to every module: which deltas meet, by which rule, and what becomes of them."""
+"""What a merge of adapters will do: which parts of which parameter meet, by which rule, and where the result goes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
+from mergekit_lr.adapter.adapter import Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.layout import Layout
-from mergekit_lr.checkpoint.parameter import Kind
-from mergekit_lr.errors import MismatchError, UsageError
+from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
-from mergekit_lr.recipe.parameters import arguments, renamed
+from mergekit_lr.methods.registry import Method, find
 from mergekit_lr.recipe.reading import Recipe
-from mergekit_lr.verbs.adapter_source import open_base, open_source
+from mergekit_lr.verbs.adapter_source import Base, open_base
+from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
+from mergekit_lr.verbs.merge.adapter_sources import Opened, open_adapters
+from mergekit_lr.verbs.merge.adapter_steps import Step, steps_of
 from mergekit_lr.verbs.merge.plan import chosen_dtype, rule_in_words
-from mergekit_lr.verbs.merge.sources import layers_of
 
-
-class Opened(NamedTuple):
-    """One adapter of a recipe. files: that it was read from."""
-
-    ref: str
-    adapter: Adapter
-    files: tuple[Path, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One module: the deltas of all adapters, one of rank 0 where an adapter leaves it alone."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...] | None
-    deltas: tuple[LowRank, ...]
-    arguments: dict[str, Any]
+# Methods whose last step is a truncation: we do that step ourselves, so that what it loses is measured.
+TRUNCATING = {"svd": "task_arithmetic", "core_space": "core_space"}
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterPlan:
     """Everything that a merge of adapters will do.
 
-    kind: of the result. adapters: in the recipe's order. steps: one per module. dense: whether the method's results
-    are dense matrices, which an adapter can only hold truncated. states: module to merged or left out.
+    kind: of the result, model or adapter. to: its dialect. onto: the base. adapters: in the recipe's order. steps:
+    what is merged. states: label of a step to merged, or parameter to left out. rules: to how, in words.
     """
 
     recipe: Recipe
     kind: str
-    base: Checkpoint | None
-    layout: Layout | None
+    to: str
+    onto: Base | None
     adapters: tuple[Opened, ...]
     steps: tuple[Step, ...]
-    dense: bool
     states: dict[str, str]
     rules: dict[str, str]
     schedule: Schedule
@@ -70,6 +54,22 @@ class AdapterPlan:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def base(self) -> Checkpoint | None:
+        """The base's files."""
+        return self.onto.checkpoint if self.onto is not None else None
+
+    @property
+    def layout(self) -> Layout | None:
+        """The base's parameters in memory."""
+        return self.onto.layout if self.onto is not None else None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the recipe cuts the result at a rank, an energy or a size."""
+        output = self.recipe.document.output
+        return any(limit is not None for limit in (output.rank, output.energy, output.size))
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Files of all adapters."""
         return tuple(file for one in self.adapters for file in one.files)
@@ -77,7 +77,8 @@ class AdapterPlan:
     @property
     def inputs(self) -> list[Path]:
         """What must not be overwritten."""
-        return [file.parent for file in self.files] + ([self.base.folder] if self.base and self.base.folder else [])
+        own = [file if file.suffix == ".safetensors" and self.to != "peft" else file.parent for file in self.files]
+        return own + ([self.base.folder] if self.base and self.base.folder else [])
 
     @property
     def peak(self) -> int:
@@ -89,6 +90,7 @@ class AdapterPlan:
         return {
             "method": self.recipe.method.name,
             "kind": self.kind,
+            "to": self.to if self.kind == "adapter" else None,
             "space": self.recipe.document.space,
             "models": [one.ref for one in self.adapters],
             "base": self.base.ref if self.base else None,
@@ -113,129 +115,148 @@ def plan_adapters(
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
+    given: Mapping[str, Adapter] | None = None,
+    base: Checkpoint | None = None,
 ) -> AdapterPlan:
-    """The plan of merging the ``adapters`` of a recipe; opens them, and the base's headers."""
+    """The plan of merging the ``adapters`` of a recipe; opens them, and the base's headers.
+
+    Args:
+        recipe: with ``adapters``. given: adapters in memory, by the names that the recipe has for them. base: a base
+            in memory, in the place of the recipe's. The others as in ``merge``.
+
+    Raises:
+        LrmergeError: adapters that do not go together, or a result that no adapter can hold.
+    """
     doc, method = recipe.document, recipe.method
     kind = doc.output.kind or "adapter"
+    to = doc.output.format or "peft"
     size = shard_size if shard_size is not None else doc.output.shard_size
     if size is not None and kind == "adapter":
         raise UsageError(f"--shard-size {size}: an adapter is one file")
     options = {"dtype": chosen_dtype(recipe, dtype), "shard_size": size, "memory": memory, "device": device}
     options |= {"threads": threads, "seed": seed}
-    dense = doc.space == "full" and not method.factored
-    truncated = any(getattr(doc.output, key) is not None for key in ("rank", "energy", "size"))
-    if dense and kind == "adapter" and not truncated:
-        spaces = [f"space: {space}" for space in method.spaces if space != "full"]
-        raise recipe.place.error(
-            ("output",) if "output" in recipe.content else (),
-            f"{method.name} of whole deltas is of full rank, no adapter; give {' or '.join([*spaces, 'output.rank'])}",
-        )
-    base = open_base(doc.base_model)
-    opened = tuple(_opened(entry.adapter, base) for entry in doc.adapters or ())
-    least, most = method.models
-    if len(opened) < least or (most is not None and len(opened) > most):
-        wanted = str(least) if least == most else f"{least} or more"
-        raise recipe.place.error(("adapters",), f"{method.name} merges {wanted}, got {len(opened)}")
-    layout = base.layout if base is not None else None
-    names = [name for name in _names(opened, layout) if recipe.wants(name)]
-    left_out = [name for name in _names(opened, layout) if name not in set(names)]
-    if not names:
+    onto = open_base(base if base is not None else doc.base_model)
+    refs = [entry.adapter for entry in doc.adapters or ()]
+    _check_count(recipe, len(refs))
+    folded = kind == "model" or doc.output.dora == "fold"
+    opened = open_adapters(refs, given or {}, onto, fold=folded, fuse=kind == "model")
+    every = steps_of(recipe, opened, onto)
+    steps = [step for step in every if recipe.wants(step.name)]
+    if not steps:
         raise recipe.place.error(("targets",), "leaves nothing of the adapters to merge")
-    steps = tuple(_step(recipe, opened, name, names) for name in names)
+    left_out = dict.fromkeys(step.label for step in every if not recipe.wants(step.name))
+    _check_places(recipe, opened, steps, kind, to, onto)
     available = resources(device=device, memory=memory, threads=threads)
-    nodes = [_node(step, dense, position) for position, step in enumerate(steps)]
-    partial = sum(any(delta.rank == 0 for delta in step.deltas) for step in steps)
-    notes = [f"{partial} of {len(steps)} modules are not in every adapter; there a missing change counts as zero"]
+    nodes = [_node(method, step, is_dense(recipe, step), position) for position, step in enumerate(steps)]
     return AdapterPlan(
         recipe=recipe,
         kind=kind,
-        base=base.checkpoint if base is not None else None,
-        layout=layout,
+        to=to,
+        onto=onto,
         adapters=opened,
-        steps=steps,
-        dense=dense,
-        states=dict.fromkeys(names, "merged") | dict.fromkeys(left_out, "left out"),
-        rules={step.name: rule_in_words(method.name, step.arguments) for step in steps}
-        | dict.fromkeys(left_out, "targets"),
+        steps=tuple(steps),
+        states={step.label: "merged" for step in steps} | dict.fromkeys(left_out, "left out"),
+        rules={step.label: rule_of(method, step) for step in steps} | dict.fromkeys(left_out, "targets"),
         schedule=schedule(nodes, budget=available.working, workers=available.workers),
         resources=available,
-        notes=(*recipe.notes, *(notes if partial else ())),
+        notes=(*recipe.notes, *_notes(recipe, opened, steps, kind)),
         seed=seed,
         dtype=options["dtype"],
         options=options,
     )
 
 
-def _opened(ref: str, base: Any) -> Opened:
-    source = open_source(ref, base)
-    if source.variant is not None:
-        raise UsageError(f"{ref}: is no LoRA yet; make it one with lrmerge convert --to peft, then merge it")
-    adapter = source.adapter
-    beside = (
-        ("modules saved in full", adapter.saved),
-        ("trained token rows", adapter.token_rows),
-        ("differences in full", adapter.added),
-        ("biases", [w for w in adapter.weights.values() if w.bias is not None]),
-        ("DoRA magnitudes", [w for w in adapter.weights.values() if w.magnitude is not None]),
-    )
-    for what, held in beside:
-        if held:
-            raise UsageError(
-                f"{ref}: holds {what}, which are no low-rank deltas and are not merged; apply each adapter to its "
-                "base and merge the models"
-            )
-    if not adapter.weights:
-        raise UsageError(f"{ref}: holds no low-rank factors, so there is nothing to merge")
-    path = source.path
-    files = sorted(path.glob("adapter_*")) if path is not None and path.is_dir() else [path] if path is not None else []
-    return Opened(ref, adapter, tuple(files))
+def is_dense(recipe: Recipe, step: Step) -> bool:
+    """Whether the merged change of a step is a whole matrix, not factors."""
+    if step.part != "change" or len(step.size) < 2:
+        return False
+    return not step.factored or (recipe.document.space == "full" and not recipe.method.factored)
 
 
-def _names(opened: Sequence[Opened], layout: Layout | None) -> list[str]:
-    """Every module of any adapter, in the base's order where there is one."""
-    names = list(dict.fromkeys(name for one in opened for name in one.adapter.weights))
-    if layout is None:
-        return names
-    order = {name: i for i, name in enumerate(layout.by_name)}
-    for one in opened:
-        for name in one.adapter.weights:
-            if name not in order:
-                raise MismatchError(f"{one.ref}: changes {name}, which the base_model does not have; is it of another?")
-    return sorted(names, key=order.__getitem__)
+def in_full(method: Method, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method that merges what is no factors, with its arguments: the same one where it takes whole deltas.
+
+    Core Space's inner method; of methods that are exact sums of factors the sum; of averages of factors the average.
+    """
+    if method.takes != "factors":
+        name = TRUNCATING.get(method.name, method.name)
+        return name, {key: value for key, value in arguments.items() if key in find(name).parameters}
+    inner = str(arguments.get("inner", "task_arithmetic")) if method.name == "core_space" else ""
+    name = inner or ("task_arithmetic" if method.name in ("cat", "peft") else "linear")
+    return name, {key: value for key, value in arguments.items() if key in find(name).parameters and key != "rank"}
 
 
-def _step(recipe: Recipe, opened: Sequence[Opened], name: str, names: Sequence[str]) -> Step:
-    held = [one.adapter.weights.get(name) for one in opened]
-    lead = next(weight for weight in held if weight is not None)
-    for one, weight in zip(opened, held, strict=True):
-        if weight is not None and weight.delta.shape != lead.delta.shape:
-            raise MismatchError(
-                f"{name} has a change of shape {list(weight.delta.shape)} in {one.ref} and {list(lead.delta.shape)} in "
-                "another adapter: they are of different bases"
-            )
-    deltas = tuple(_zero(lead) if weight is None else weight.delta for weight in held)
-    layers = layers_of(dict.fromkeys(names, (torch.float32, ())), {})
-    layer = layers.of(name)
-    t = 0.0 if layer is None else layer / (layers.count - 1) if layers.count > 1 else 1.0
-    scopes = [renamed(entry.parameters) for entry in recipe.document.adapters or ()]
-    found = arguments(recipe.method, scopes, [recipe.shared], [name] * len(held), name, t)
-    shape = next((weight.shape for weight in held if weight is not None and weight.shape is not None), None)
-    return Step(name, lead.kind, shape, deltas, found)
+def rule_of(method: Method, step: Step) -> str:
+    """What happens in a step, in words."""
+    if step.averaged:
+        return rule_in_words("mean", {k: v for k, v in step.arguments.items() if k == "weights"})
+    if step.part == "change" and step.factored:
+        return rule_in_words(method.name, step.arguments)
+    return rule_in_words(*in_full(method, step.arguments))
 
 
-def _zero(like: AdaptedWeight) -> LowRank:
-    """A change of nothing, for a module that an adapter leaves alone."""
-    A, B = like.delta.A, like.delta.B
-    return LowRank(A.new_zeros(*A.shape[:-2], 0, A.shape[-1]), B.new_zeros(*B.shape[:-1], 0))
+def _check_count(recipe: Recipe, count: int) -> None:
+    least, most = recipe.method.models
+    if count < least or (most is not None and count > most):
+        wanted = str(least) if least == most else f"{least} or more"
+        raise recipe.place.error(("adapters",), f"{recipe.method.name} merges {wanted}, got {count}")
 
 
-def _node(step: Step, dense: bool, position: int) -> Node:
-    m, n = step.deltas[0].shape[-2:]
-    count = step.deltas[0].shape[0] if len(step.deltas[0].shape) > 2 else 1
-    ranks = sum(delta.rank for delta in step.deltas)
-    read = sum(delta.A.nbytes + delta.B.nbytes for delta in step.deltas)
-    # Factors, their bases and coordinates in float64; whole deltas where the method needs those.
-    memory = read + count * 8 * (4 * ranks * (m + n) + (6 + len(step.deltas)) * ranks * ranks)
-    memory += 4 * count * m * n * (len(step.deltas) + 6) if dense else 0
+def _check_places(
+    recipe: Recipe, opened: Sequence[Opened], steps: Iterable[Step], kind: str, to: str, base: Base | None
+) -> None:
+    """Refuse now what the result would have no place for at the end."""
+    output = recipe.document.output
+    method, place = recipe.method, (("output",) if "output" in recipe.content else ())
+    limited = any(limit is not None for limit in (output.rank, output.energy, output.size))
+    for step in steps if kind == "adapter" else ():
+        if step.part in ("saved", "rows") and to != "peft":
+            raise recipe.place.error(("output", "format"), f"{to} files have no place for {step.label}; choose peft")
+        if step.part == "change" and len(step.size) < 2 and to == "peft" and base is None:
+            raise recipe.place.error(place, f"{step.name}: PEFT holds no difference of a vector, give base_model")
+        own = method.name in TRUNCATING and "rank" in step.arguments
+        if not is_dense(recipe, step) or limited or own or to in HOLDS_ADDED or _of_low_rank(recipe, step):
+            continue
+        if step.factored:
+            spaces = [f"space: {space}" for space in method.spaces if space != "full"]
+            why = f"{method.name} of whole deltas is of full rank, no adapter; give {' or '.join([*spaces, ''])}"
+        else:
+            ref = next(one for one, own in zip(opened, step.given, strict=True) if not isinstance(own, LowRank | None))
+            why = f"{step.name}: its change by {ref.ref} ({ref.kind}) is of full rank, no adapter; give "
+        raise recipe.place.error(place, f"{why}output.rank, or output.kind: model")
+
+
+def _of_low_rank(recipe: Recipe, step: Step) -> bool:
+    """Whether changes that are still to be computed turn out as factors, and the method keeps them so."""
+    if recipe.document.space == "full" and not recipe.method.factored:
+        return False
+    return all(isinstance(one() if callable(one) else one, LowRank | None) for one in step.given)
+
+
+def _node(method: Method, step: Step, dense: bool, position: int) -> Node:
+    factors = [one for one in step.given if isinstance(one, LowRank)]
+    tensors = [one for one in step.given if isinstance(one, Tensor)]
+    read = sum(f.A.nbytes + f.B.nbytes for f in factors) + sum(tensor.nbytes for tensor in tensors)
+    *lead, m, n = (1, 1, *step.size) if len(step.size) < 2 else step.size
+    count, ranks = max(1, *lead) if lead else 1, sum(f.rank for f in factors)
+    # Factors, their bases and coordinates in float64; whole deltas where there are some or the method needs them.
+    memory = read + count * 8 * (4 * ranks * (m + n) + (6 + len(factors)) * ranks * ranks)
+    whole = dense or step.part != "change" or not step.factored
+    memory += 4 * count * m * n * (len(step.given) + 6) if whole else 0
     flops = 4.0 * count * (m + n) * ranks * ranks
-    return Node(step.name, step.name, ("", position), Cost(max(read, 1), memory, flops), step)
+    return Node(step.label, step.label, ("", position), Cost(max(read, 1), memory, flops), step)
+
+
+def _notes(recipe: Recipe, opened: Sequence[Opened], steps: Sequence[Step], kind: str) -> Iterable[str]:
+    changes = [step for step in steps if step.part == "change"]
+    if partial := sum(any(one is None for one in step.given) for step in changes):
+        yield f"{partial} of {len(changes)} modules are not in every adapter; there a missing change counts as zero"
+    if mean := sum(step.averaged for step in steps if len(opened) > 1):
+        yield f"{mean} tensors in full are averaged; with a base_model they are merged as differences from it"
+    if len(opened) > 1 and any(step.part == "magnitude" for step in steps):
+        yield (
+            "DoRA magnitudes are merged apart from the factors, which is not the merge of what the adapters do; "
+            "output.dora: fold with a base_model and output.rank is"
+        )
+    if any(not step.factored for step in changes) and recipe.document.space != "full":
+        yield f"changes that are no factors are merged in full, not in the space {recipe.document.space}"

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.folder import OutputFolder
+from mergekit_lr.checkpoint.folder import OutputFile, OutputFolder
 from mergekit_lr.checkpoint.shards import MemoryOutput, ShardedOutput
 from mergekit_lr.errors import CapacityError, UsageError
 from mergekit_lr.graph.journal import Journal, fingerprint
@@ -24,7 +24,7 @@ from mergekit_lr.recipe.reading import Recipe, read_recipes
 from mergekit_lr.report.manifest import describe, versions
 from mergekit_lr.report.merging import MergeReport
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, plan_adapters
-from mergekit_lr.verbs.merge.adapters import merge_to_adapter, merge_to_model
+from mergekit_lr.verbs.merge.adapters import merge_in_memory, merge_to_adapter, merge_to_model
 from mergekit_lr.verbs.merge.compute import Merging
 from mergekit_lr.verbs.merge.plan import MergePlan, plan_models
 from mergekit_lr.verbs.merge.result import report_of, write_beside
@@ -108,11 +108,12 @@ def _merge(
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
             if isinstance(plan, AdapterPlan):
-                return merge_to_adapter(plan, journal, None, progress, started)
+                return merge_in_memory(plan, journal, progress, started)
             memory = MemoryOutput(plan.outputs, {})
             _compute(plan, memory, journal, progress)
             return replace(report_of(plan, journal, None, started), result=memory.tensors)
-    with OutputFolder(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan)) as folder:
+    place = OutputFile if isinstance(plan, AdapterPlan) and plan.to != "peft" else OutputFolder
+    with place(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan)) as folder:
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
         if isinstance(plan, MergePlan):
             report = _merge_models(plan, journal, folder, progress, started)

@@ -1,0 +1,154 @@
+"""The arithmetic of merging adapters: one part of one parameter at a time, in factors wherever all are factors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lrgpu.random import stream
+from lrgpu.truncated import truncated_svd
+from torch import Tensor
+
+from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.adapter.variants.site import as_matrix, from_matrix
+from mergekit_lr.errors import FormatError, LrmergeError
+from mergekit_lr.graph.journal import Journal
+from mergekit_lr.graph.schedule import Batch
+from mergekit_lr.methods.delta import Delta, as_dense, squared_norm, widened
+from mergekit_lr.methods.merge_tensors import merge_tensors
+from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
+from mergekit_lr.verbs.merge.adapter_plan import TRUNCATING, AdapterPlan, in_full
+from mergekit_lr.verbs.merge.adapter_steps import Step, row_lengths
+
+
+class Done(NamedTuple):
+    """A finished step: factors A and B, or a tensor ``full``; and figures that JSON can hold.
+
+    norm: squared norm of the merged change. lost: the part of it that truncation cut off.
+    """
+
+    tensors: dict[str, Tensor]
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterMerging:
+    """The stages of one run; ``write`` is called from one thread."""
+
+    plan: AdapterPlan
+    journal: Journal
+
+    def read(self, batch: Batch) -> None:
+        """Nothing: factors are mapped from their files, and what is computed is computed when its turn comes."""
+
+    def compute(self, batch: Batch, _: None) -> list[Done]:
+        """Every step of a batch."""
+        return [self._step(node.work) for node in batch.nodes]
+
+    def write(self, batch: Batch, done: list[Done]) -> None:
+        """Put the results into the journal."""
+        for node, one in zip(batch.nodes, done, strict=True):
+            self.journal.add(node.name, one.tensors, one.figures)
+
+    def _step(self, step: Step) -> Done:
+        given = [one() if callable(one) else one for one in step.given]
+        done = self._value(step, given) if step.part in ("saved", "rows", "magnitude") else self._change(step, given)
+        if not math.isfinite(done.figures["norm"]):
+            raise FormatError(f"{step.label}: the merged change holds NaN or Inf; an adapter is damaged")
+        return done
+
+    def _change(self, step: Step, given: list[Delta | None]) -> Done:
+        """A difference: in factors, truncated where the recipe names a rank; or in full where it can stay so."""
+        deltas = [step.zero() if one is None else one for one in given]
+        name, arguments = self.plan.recipe.method.name, dict(step.arguments)
+        rank, space = self.plan.recipe.document.output.rank, self.plan.recipe.document.space
+        if name in TRUNCATING:
+            own, name = arguments.pop("rank", None), TRUNCATING[name]
+            arguments.pop("tolerance", None)
+            rank = min((limit for limit in (own, rank) if limit is not None), default=None)
+        if not all(isinstance(delta, LowRank) for delta in deltas):
+            space = "full"
+            name, arguments = in_full(self.plan.recipe.method, step.arguments)
+        merged = self._merged(step, name, deltas, space, arguments)
+        norm = float(squared_norm(merged).sum())
+        if not math.isfinite(norm) or len(step.size) < 2:
+            return Done({"full": as_dense(merged).cpu()}, {"norm": norm, "lost": 0.0})
+        if isinstance(merged, Tensor) and rank is None and self._holds_full:
+            own = merged if step.shape is None else from_matrix(merged, step.kind, step.shape)
+            return Done({"full": own.contiguous().cpu()}, {"norm": norm, "lost": 0.0})
+        factors, lost = _factors(merged, rank, stream(self.plan.seed, step.name, "truncation"))
+        folded = factors.folded()
+        return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, {"norm": norm, "lost": lost})
+
+    def _value(self, step: Step, given: list[Any]) -> Done:
+        """A value: the base's, changed by the merged differences from it; without a base the weighted mean."""
+        stored = next(one.dtype for one in given if one is not None)
+        values = [None if one is None else self._matrix(step, one) for one in given]
+        if step.averaged:
+            weights = step.arguments.get("weights", 1.0)
+            merged = self._merged(step, "linear", values, "full", {"weights": weights})
+            change = merged
+        else:
+            origin = self._origin(step)
+            deltas = [torch.zeros_like(origin) if one is None else widened(one) - origin for one in values]
+            name, arguments = in_full(self.plan.recipe.method, step.arguments)
+            change = as_dense(self._merged(step, name, deltas, "full", arguments))
+            merged = origin.to(change.device) + change
+        own = from_matrix(merged, step.kind, step.size) if step.part == "saved" else merged
+        tensors = {"full": own.to(stored).contiguous().cpu()}
+        return Done(tensors, {"norm": float(squared_norm(change).sum()), "lost": 0.0})
+
+    def _merged(self, step: Step, name: str, inputs: list[Any], space: Any, arguments: dict[str, Any]) -> Any:
+        device = self.plan.resources.device
+        try:
+            return merge_tensors(
+                name,
+                [one.to(device=device) if isinstance(one, LowRank) else widened(one).to(device) for one in inputs],
+                space=space,
+                seed=self.plan.seed,
+                name_of_tensor=step.label,
+                **arguments,
+            )
+        except LrmergeError as error:
+            raise type(error)(f"{step.label}: {error}") from None
+
+    def _origin(self, step: Step) -> Tensor:
+        """What the base has in the place of a value, in the form in which it is merged."""
+        assert step.origin is not None
+        assert self.plan.onto is not None
+        base = self.plan.onto.read(step.origin)
+        if step.part == "rows":
+            return base[list(step.rows)].float()
+        if step.part == "magnitude":
+            return row_lengths(as_matrix(base, step.origin.kind)).reshape(step.size)
+        return widened(self._matrix(step, base))
+
+    def _matrix(self, step: Step, value: Tensor) -> Tensor:
+        """A tensor in full in the layout of ``nn.Linear``; rows and lengths as they are."""
+        return as_matrix(value, step.kind) if step.part == "saved" and value.ndim > 1 else value
+
+    @property
+    def _holds_full(self) -> bool:
+        """Whether the result holds a difference in full, so that nothing of it need be cut off."""
+        return not self.plan.truncated and (self.plan.kind == "model" or self.plan.to in HOLDS_ADDED)
+
+
+def _factors(merged: Delta, rank: int | None, seed: int) -> tuple[LowRank, float]:
+    """Factors of at most ``rank``, and the squared norm of what was cut off."""
+    if isinstance(merged, LowRank):
+        if rank is None or rank >= merged.rank:
+            return merged, 0.0
+        cut = merged.truncate(rank)
+        return cut.delta, float((cut.residual**2).sum())
+    side = min(merged.shape[-2:])
+    if rank is None or rank >= side:
+        U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
+    else:
+        U, S, Vh = truncated_svd(merged, rank, seeds=seed)[:3]
+    root = S.clamp_min(0).sqrt()
+    factors = LowRank(root[..., :, None] * Vh, U * root[..., None, :])
+    # From the difference itself: norms subtracted would hide all errors below 1e-4.
+    lost = float(squared_norm(merged - factors.dense()).sum())
+    return factors, lost
