@@ -16,8 +16,9 @@ from mergekit_lr.adapter.variants.site import as_matrix, from_matrix
 from mergekit_lr.errors import FormatError, LrmergeError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.schedule import Batch
-from mergekit_lr.methods.delta import Delta, as_dense, squared_norm, widened
+from mergekit_lr.methods.delta import Delta, as_dense, widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
+from mergekit_lr.verbs.apply.change import squared
 from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
 from mergekit_lr.verbs.merge.adapter_plan import TRUNCATING, AdapterPlan, in_full
 from mergekit_lr.verbs.merge.adapter_steps import Step, row_lengths
@@ -72,7 +73,7 @@ class AdapterMerging:
             space = "full"
             name, arguments = in_full(self.plan.recipe.method, step.arguments)
         merged = self._merged(step, name, deltas, space, arguments)
-        norm = float(squared_norm(merged).sum())
+        norm = squared(merged) if isinstance(merged, Tensor) else float(merged.norm().square().sum())
         if not math.isfinite(norm) or len(step.size) < 2:
             return Done({"full": as_dense(merged).cpu()}, {"norm": norm, "lost": 0.0})
         if isinstance(merged, Tensor) and rank is None and self._holds_full:
@@ -98,7 +99,7 @@ class AdapterMerging:
             merged = origin.to(change.device) + change
         own = from_matrix(merged, step.kind, step.size) if step.part == "saved" else merged
         tensors = {"full": own.to(stored).contiguous().cpu()}
-        return Done(tensors, {"norm": float(squared_norm(change).sum()), "lost": 0.0})
+        return Done(tensors, {"norm": squared(change), "lost": 0.0})
 
     def _merged(self, step: Step, name: str, inputs: list[Any], space: Any, arguments: dict[str, Any]) -> Any:
         device = self.plan.resources.device
@@ -150,5 +151,4 @@ def _factors(merged: Delta, rank: int | None, seed: int) -> tuple[LowRank, float
     root = S.clamp_min(0).sqrt()
     factors = LowRank(root[..., :, None] * Vh, U * root[..., None, :])
     # From the difference itself: norms subtracted would hide all errors below 1e-4.
-    lost = float(squared_norm(merged - factors.dense()).sum())
-    return factors, lost
+    return factors, squared(merged - factors.dense())
