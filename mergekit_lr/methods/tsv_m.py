@@ -69,6 +69,6 @@ def tsv_m(
 def whitened(X: Tensor) -> Tensor:
     """The nearest matrix to X (..., m, k) with orthonormal columns, or rows if k > m, on its numerical range.
 
-    Zero columns stay zero. In float64: the Gram matrix squares how close to dependent the blocks are.
+    Zero columns stay zero. Directions that several blocks share but for rounding count once.
     """
-    return polar(X.double()).P.to(X.dtype)
+    return polar(X).P
