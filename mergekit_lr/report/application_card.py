@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from mergekit_lr.report.adapter_card import WORST
 from mergekit_lr.report.application import ApplyReport
-from mergekit_lr.report.card import write_card
-
-BODY = """# {title}
-
-`{base}` with {adapters}, {done} by [lrmerge](https://pypi.org/project/lrmerge/).
-
-| adapter | weight |
-|---|---|
-{table}
-
-| | |
-|---|---|
-| changed parameters | {changed} |
-| norm of the whole change | {norm:.4g} |
-| rounding error over the change | {error:.2%} ({rounding} to {dtype}) |
-
-Every other tensor is the base's, byte for byte{converted}. Per-parameter figures are in `lrmerge.json`.
-"""
+from mergekit_lr.report.card import HOME, Content, write_card
+from mergekit_lr.report.command import command
+from mergekit_lr.report.inputs import Input, portable
+from mergekit_lr.report.loading import library, loading_a_model, pipeline_tag
+from mergekit_lr.report.markdown import bullets, code, table
 
 
-def write_application_card(report: ApplyReport, folder: Path) -> None:
-    """Write the card of a model with adapters baked in."""
-    count = len(report.adapters)
-    body = BODY.format(
-        title=Path(report.out).name if report.out else "Model with adapters",
-        base=report.base,
-        adapters="an adapter" if count == 1 else f"{count} adapters",
-        done="taken out" if report.unmerge else "baked in",
-        table="\n".join(f"| `{ref}` | {weight:g} |" for ref, weight, _ in report.adapters),
-        changed=len(report.changed),
-        norm=report.norm,
-        error=report.rounding_error,
-        rounding=report.rounding,
-        dtype=report.dtype,
-        converted=f" but for {report.states['converted']} in another dtype" if "converted" in report.states else "",
+def write_application_card(
+    report: ApplyReport, inputs: Sequence[Input], options: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the card of the model in ``folder``. ``inputs``: the base, and each adapter."""
+    base, *adapters = inputs
+    count = "an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
+    done = "taken out" if report.unmerge else "baked in"
+    given = [
+        portable(one.ref, inputs) + ("" if weight == 1 else f":{weight:g}")
+        for one, (_, weight, _) in zip(adapters, report.adapters, strict=True)
+    ]
+    weights = [[code(one.name), f"{weight:g}"] for one, (_, weight, _) in zip(adapters, report.adapters, strict=True)]
+    content = Content(
+        what=f"{code(base.name)} with {count} {done} by [lrmerge]({HOME}).\n\n{table(['adapter', 'weight'], weights)}",
+        sections={
+            "Load it": loading_a_model(folder),
+            "What changed": f"{_totals(report)}\n\n{_worst(report)}",
+            "Limits": bullets(_limits(report)),
+        },
+        notes=report.notes,
+        again=command("apply", [portable(base.ref, inputs), *given], options, inputs),
+        papers=[],
+        base_model=[one.hub for one in inputs if one.hub],
+        relation="merge",
+        tags=["lrmerge", "merge"],
+        library_name=library(report.config),
+        pipeline_tag=pipeline_tag(report.config),
     )
-    write_card(folder, body, base_model=report.base, base_model_relation="merge", tags=["lrmerge", "merge"])
+    write_card(folder, report.out, content, inputs)
+
+
+def _totals(report: ApplyReport) -> str:
+    rows = [
+        ["tensors", ", ".join(f"{count} {state}" for state, count in report.states.items())],
+        ["changed parameters", str(len(report.changed))],
+        ["norm of the whole change", f"{report.norm:.4g}"],
+        ["rounding error over the change", f"{report.rounding_error:.2%} ({report.rounding} to {report.dtype})"],
+    ]
+    return table(["", ""], rows)
+
+
+def _worst(report: ApplyReport) -> str:
+    worst = sorted(report.changed, key=lambda figures: -figures.rounding_error)[:WORST]
+    rows = [[code(f.name), f.by, f"{f.norm:.4g}", f"{f.rounding_error:.2%}"] for f in worst]
+    head = f"The {len(rows)} of {len(report.changed)} parameters of whose change rounding spoils most"
+    return f"{head}:\n\n{table(['parameter', 'changed by', 'norm of the change', 'rounding error'], rows)}"
+
+
+def _limits(report: ApplyReport) -> list[str]:
+    converted = report.states.get("converted")
+    other = f", but for {converted} in another dtype" if converted else ""
+    return [
+        f"Every other tensor is the base's, byte for byte{other}.",
+        "Changes are measured on weights. How well the result does its task was not measured.",
+    ]

@@ -23,7 +23,8 @@ class ModuleChange:
     state: what was done: ``compressed``, ``kept`` as it was, ``decomposed`` from a change in full, ``folded`` (DoRA),
     ``dropped``, and for experts ``split`` or ``fused``. rank_before, rank: of its factors. stored_before, stored:
     numbers in them. squared_norm: ||delta||^2. squared_error: the part of it that was lost, before rounding to the
-    dtype of the file. reason: why it is in this state.
+    dtype of the file. reason: why it is in this state. singular_values: of the source's change, as far as they were
+    computed.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModuleChange:
     squared_norm: float
     squared_error: float = 0.0
     reason: str = ""
+    singular_values: tuple[float, ...] = ()
 
     @property
     def energy(self) -> float:

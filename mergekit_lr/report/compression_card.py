@@ -2,70 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mergekit_lr.report.card import write_card
+from mergekit_lr.report.adapter_card import WORST, base_of, named_base, spectrum
+from mergekit_lr.report.card import HOME, Content, write_card
+from mergekit_lr.report.citations import COMPRESS
+from mergekit_lr.report.command import command
 from mergekit_lr.report.compression import AdapterReport
-
-BODY = """# {title}
-
-{what} with [lrmerge](https://pypi.org/project/lrmerge/).
-
-| | |
-|---|---|
-| modules | {modules} |
-| total rank | {before} before, {after} now |
-| size | {size_before:.1f} MB before, {size_after:.1f} MB now |
-| energy kept | {energy:.2%} of the squared norm of the change |
-| relative Frobenius error | {error:.4f} |
-| worst module | {worst} |
-
-{notes}
-## Load it
-
-```python
-{load}
-```
-
-Per-module figures are in `lrmerge.json`.
-"""
-
-LOAD = {
-    None: """from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "PATH_OR_NAME_OF_THIS_ADAPTER")""",
-    "vllm": """from vllm import LLM
-from vllm.lora.request import LoRARequest
-
-llm = LLM("{base}", enable_lora=True, max_lora_rank={rank})
-llm.generate(prompts, lora_request=LoRARequest("adapter", 1, "PATH_OF_THIS_ADAPTER"))""",
-}
+from mergekit_lr.report.inputs import Input, portable, stated_hub_id
+from mergekit_lr.report.loading import loading_an_adapter, pipeline_tag
+from mergekit_lr.report.markdown import bullets, code, plain, table
+from mergekit_lr.report.spectrum import Spectrum
 
 
-def write_adapter_card(report: AdapterReport, folder: Path) -> None:
-    """Write the card of a PEFT folder: what it came from, what it lost, how to load it."""
-    source = f"`{Path(report.source).name}`"
-    what = {
-        "compress": f"The LoRA {source} compressed to lower ranks (LoRA-Squeeze, arXiv 2602.10993)",
-        "convert": f"The adapter {source}, converted from {report.dialect}",
-    }[report.verb]
-    rank = max((m.rank for m in report.modules), default=0)
-    load = LOAD.get(report.target, LOAD[None]).format(base=report.base or "BASE", rank=rank)
-    worst = report.worst
-    body = BODY.format(
-        title=Path(report.out).name if report.out else "Adapter",
-        what=what,
-        modules=len(report.modules),
-        before=report.rank_before,
-        after=report.total_rank,
-        size_before=report.bytes_before / 1e6,
-        size_after=report.bytes_after / 1e6,
-        energy=report.energy,
-        error=report.error,
-        worst=f"`{worst.name}`, error {worst.error:.4f} at rank {worst.rank}" if worst else "none",
-        notes="".join(f"- {note}\n" for note in report.notes),
-        load=load,
+def write_adapter_card(
+    report: AdapterReport, inputs: Sequence[Input], options: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the card of the PEFT adapter in ``folder``. ``inputs``: the adapter, and the base where it was given."""
+    source, *bases = inputs
+    base = base_of(bases[0], config=bases[0].config) if bases else named_base(report.base)
+    hub = bases[0].hub if bases else None
+    compressed = report.verb == "compress"
+    done = f"compressed to lower ranks (LoRA-Squeeze, arXiv {COMPRESS})" if compressed else "converted"
+    if not compressed and report.dialect != "peft":
+        done += f" from the dialect {plain(report.dialect)}"
+    content = Content(
+        what=f"The LoRA {code(source.name)}, {done} by [lrmerge]({HOME}).",
+        sections={
+            "Load it": loading_an_adapter(folder, base),
+            "What it holds": "\n\n".join([_totals(report), *_worst(report), *_spectra(report, folder)]),
+            "Limits": _limits(report),
+        },
+        notes=report.notes,
+        again=command(report.verb, [portable(source.ref, inputs)], dict(options), inputs),
+        papers=[COMPRESS] if compressed else [],
+        base_model=[one for one in [hub or stated_hub_id(report.base)] if one],
+        relation="adapter",
+        tags=["lora", "lrmerge", report.verb],
+        library_name="peft",
+        pipeline_tag=pipeline_tag(base.config),
     )
-    relation = "adapter" if report.base else None
-    tags = ["lora", "lrmerge", report.verb]
-    write_card(folder, body, base_model=report.base, base_model_relation=relation, library_name="peft", tags=tags)
+    write_card(folder, report.out, content, inputs)
+
+
+def _totals(report: AdapterReport) -> str:
+    rows = [
+        ["tensors", ", ".join(f"{count} {state}" for state, count in report.states.items())],
+        ["total rank", f"{report.rank_before} before, {report.total_rank} now"],
+        ["size", f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB now"],
+        ["energy kept", f"{report.energy:.2%} of the squared norm of the adapter's change"],
+        ["relative Frobenius error", f"{report.error:.4f}"],
+        ["dtype of the factors", report.dtype],
+    ]
+    return table(["", ""], rows)
+
+
+def _worst(report: AdapterReport) -> list[str]:
+    worst = [m for m in sorted(report.modules, key=lambda module: -module.error)[:WORST] if m.error > 0]
+    if not worst:
+        return []
+    rows = [
+        [
+            code(m.name),
+            f"{m.rank_before} to {m.rank}",
+            f"{m.squared_norm**0.5:.4g}",
+            f"{m.energy:.2%}",
+            f"{m.error:.4f}",
+        ]
+        for m in worst
+    ]
+    head = f"The {len(rows)} of {len(report.modules)} modules with the largest relative error"
+    return [f"{head}:\n\n{table(['module', 'rank', 'norm', 'energy kept', 'error'], rows)}"]
+
+
+def _spectra(report: AdapterReport, folder: Path) -> list[str]:
+    return spectrum((Spectrum(m.name, m.singular_values, m.squared_norm) for m in report.modules), folder)
+
+
+def _limits(report: AdapterReport) -> str:
+    lost = 1 - report.energy
+    lines = [f"{lost:.2%} of the squared norm of the adapter's change is lost." if lost > 0 else "Nothing is lost."]
+    gone = [m.name for m in report.modules if m.state in ("dropped", "left out")]
+    gone += [other.name for other in report.others if other.state == "left out"]
+    if gone:
+        lines.append(f"Left out: {', '.join(map(code, gone[:5]))}{' ...' if len(gone) > 5 else '.'}")
+    lines.append("Energy is measured on weights. How well the result does its task was not measured.")
+    return bullets(lines)

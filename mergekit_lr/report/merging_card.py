@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.report.card import write_card
+import yaml
+
+from mergekit_lr.methods.registry import methods
+from mergekit_lr.report.adapter_card import WORST, base_of, named_base
+from mergekit_lr.report.card import HOME, Content, write_card
+from mergekit_lr.report.citations import PAPERS, SPACES
+from mergekit_lr.report.inputs import Input, portable, stated_hub_id
+from mergekit_lr.report.loading import library, loading_a_model, loading_an_adapter, pipeline_tag
+from mergekit_lr.report.markdown import bullets, code, fenced, table
 from mergekit_lr.report.merging import MergeReport
 
-BODY = """# {title}
-
-{what} merged by `{method}`{space} with [lrmerge](https://pypi.org/project/lrmerge/).
-
-{models}
-
-| | |
-|---|---|
-| tensors | {states} |
-| norm of the change | {norm:.4g} |
-| lost of it by {loss} | {error:.2%} |
-
-The recipe:
-
-```yaml
-{recipe}
-```
-
-Per-tensor figures are in `lrmerge.json`.
-"""
+if TYPE_CHECKING:
+    from mergekit_lr.checkpoint.checkpoint import Checkpoint
+    from mergekit_lr.verbs.merge.adapter_sources import Opened
+    from mergekit_lr.verbs.merge.sources import Source
 
 
-def write_merging_card(report: MergeReport, recipe: str, folder: Path) -> None:
-    """Write the card of a merge; ``recipe``: the text of its document."""
-    body = BODY.format(
-        title=Path(report.out).name if report.out else "Merge",
-        what="A model" if report.kind == "model" else "A LoRA adapter",
-        method=report.method,
-        space="" if report.space == "full" else f" in the space `{report.space}`",
-        models="\n".join(f"- `{ref}`" for ref in report.models),
-        states=", ".join(f"{count} {state}" for state, count in report.states.items()),
-        norm=report.norm,
-        loss="rounding" if report.kind == "model" else "truncation",
-        error=report.rounding_error,
-        recipe=recipe.strip().replace("```", "'''"),
+def models_merged(sources: Iterable[Source]) -> list[Input]:
+    """The models of a recipe, and the LoRAs that they were read with."""
+    found = []
+    for source in sources:
+        checkpoint = source.checkpoint
+        found.append(Input.of("model", checkpoint.ref, checkpoint.folder, config=checkpoint.config))
+        folders = dict.fromkeys(file.parent for file in source.files)
+        found += [Input.of("adapter", source.ref.rpartition("+")[2], folder) for folder in folders]
+    return list({one.ref: one for one in found}.values())
+
+
+def adapters_merged(adapters: Iterable[Opened], base: Checkpoint | None) -> list[Input]:
+    """The adapters of a recipe, after their base where it was given."""
+    found = [Input.of("base", base.ref, base.folder, config=base.config)] if base is not None else []
+    for one in adapters:
+        file = one.files[0] if one.files else None
+        place = file.parent if file is not None and file.name.startswith("adapter_") else file
+        found.append(Input.of("adapter", one.ref, place, metadata=one.adapter.metadata))
+    return found
+
+
+def write_merging_card(report: MergeReport, recipe: Mapping[str, Any], inputs: Sequence[Input], folder: Path) -> None:
+    """Write the card of the merge in ``folder``. ``recipe``: the content of its document."""
+    adapter = report.kind == "adapter"
+    given = [one for one in inputs if one.role == "base"]
+    base = base_of(given[0], config=given[0].config) if given else named_base(report.base)
+    hub = given[0].hub if given else stated_hub_id(report.base)
+    paper = methods()[report.method].paper
+    space = "" if report.space == "full" else f" in the space {code(report.space)}"
+    text = yaml.safe_dump(_portable(recipe, inputs), sort_keys=False, allow_unicode=True)
+    content = Content(
+        what=f"{'A LoRA' if adapter else 'A model'} merged by the method {code(report.method)}{space} with "
+        f"[lrmerge]({HOME}), from {len(report.models)} {'adapters' if adapter else 'models'}.",
+        sections={
+            "Load it": loading_an_adapter(folder, base) if adapter else loading_a_model(folder),
+            "What changed": f"{_totals(report)}\n\n{_worst(report)}",
+            "Limits": bullets(
+                ["Changes are measured on weights. How well the result does its tasks was not measured."]
+            ),
+        },
+        notes=report.notes,
+        again=f"Save the recipe as `recipe.yaml`, then `lrmerge merge recipe.yaml OUT`:\n\n{fenced(text, 'yaml')}",
+        papers=[key for key in (paper, SPACES.get(report.space, "")) if key in PAPERS],
+        base_model=[hub] if adapter and hub else [] if adapter else [one.hub for one in inputs if one.hub],
+        relation="adapter" if adapter else "merge",
+        tags=[*(["lora"] if adapter else []), "lrmerge", "merge", report.method],
+        library_name="peft" if adapter else library(report.config),
+        pipeline_tag=pipeline_tag(base.config if adapter else report.config),
     )
-    adapter = {"library_name": "peft", "base_model_relation": "adapter"} if report.kind == "adapter" else {}
-    write_card(
-        folder,
-        body,
-        base_model=report.base if report.kind == "adapter" else list(report.models),
-        **({"base_model_relation": "merge"} | adapter),
-        tags=["lrmerge", "merge"],
-    )
+    write_card(folder, report.out, content, inputs)
+
+
+def _totals(report: MergeReport) -> str:
+    loss = "rounding" if report.kind == "model" else "truncation"
+    rows = [
+        ["tensors" if report.kind == "model" else "modules", _states(report)],
+        ["norm of the change", f"{report.norm:.4g}"],
+        [f"lost of it by {loss}", f"{report.rounding_error:.2%}"],
+    ]
+    if ranks := [tensor.rank for tensor in report.tensors if tensor.rank is not None]:
+        rows.append(["rank", f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in all"])
+    return table(["", ""], rows)
+
+
+def _states(report: MergeReport) -> str:
+    return ", ".join(f"{count} {state}" for state, count in report.states.items())
+
+
+def _worst(report: MergeReport) -> str:
+    def error(tensor) -> float:
+        return (tensor.rounding / tensor.squared_norm) ** 0.5 if tensor.squared_norm else 0.0
+
+    merged = [tensor for tensor in report.tensors if tensor.squared_norm > 0]
+    lossless = all(error(tensor) == 0 for tensor in merged)
+    worst = sorted(merged, key=lambda tensor: -tensor.norm if lossless else -error(tensor))[:WORST]
+    which = "changed most" if lossless else "lost most of their change"
+    rows = [[code(t.name), f"{t.norm:.4g}", f"{error(t):.2%}", code(t.rule)] for t in worst]
+    columns = ["tensor", "norm of the change", "lost of it", "rule"]
+    return f"The {len(rows)} of {len(report.tensors)} that {which}:\n\n{table(columns, rows)}"
+
+
+def _portable(value: Any, inputs: Sequence[Input]) -> Any:
+    """A recipe without paths of this disk."""
+    if isinstance(value, Mapping):
+        return {key: _portable(entry, inputs) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(entry, inputs) for entry in value]
+    return portable(value, inputs) if isinstance(value, str) else value

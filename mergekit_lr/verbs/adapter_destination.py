@@ -25,8 +25,10 @@ from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.resources import peak_bytes
+from mergekit_lr.report.card import notes_of
 from mergekit_lr.report.compression import AdapterReport
 from mergekit_lr.report.compression_card import write_adapter_card
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.verbs.adapter_source import PEFT_FILE, Base, Source
 
@@ -111,7 +113,12 @@ class Destination:
         if report.target in SERVERS:
             rewrite_config(folder.partial)
         report = _completed(report, file.stat().st_size, started)
-        write_adapter_card(report, folder.partial)
+        origins = [Input.of("adapter", source.ref, source.path, metadata=source.adapter.metadata)]
+        if base is not None:
+            held = base.checkpoint
+            origins.append(Input.of("base", held.ref, held.folder, config=held.config))
+        report = replace(report, notes=(*report.notes, *notes_of(origins)))
+        write_adapter_card(report, origins, options, folder.partial)
         write_manifest(folder.partial, _manifest(report, source, base, options))
         folder.finish()
         return report

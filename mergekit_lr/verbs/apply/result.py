@@ -17,6 +17,8 @@ from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.application import AppliedFigures, ApplyReport, rounding_notes
 from mergekit_lr.report.application_card import write_application_card
+from mergekit_lr.report.card import notes_of
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.manifest import FILE, manifest, write_manifest
 from mergekit_lr.verbs.apply.plan import ApplyPlan, Task
 
@@ -75,7 +77,10 @@ def write_beside(plan: ApplyPlan, report: ApplyReport, folder: Path, started: fl
     if left:
         report = replace(report, notes=(*report.notes, f"of the base's folder not copied: {', '.join(sorted(left))}"))
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    write_application_card(report, folder)
+    origins = [Input.of("base", plan.base.ref, plan.base.folder, config=plan.base.config)]
+    origins += [Input.of("adapter", one.ref, one.files[0].parent if one.files else None) for one in plan.given]
+    report = replace(report, notes=(*report.notes, *notes_of(origins)))
+    write_application_card(report, origins, plan.options, folder)
     content = report.to_json()
     content["adapters"] = [
         entry | {"files": [{"file": file.name, "bytes": file.stat().st_size} for file in given.files]}

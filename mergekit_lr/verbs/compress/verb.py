@@ -202,5 +202,6 @@ def _change(step: Step, done: dict[str, Squeezed], rank: int) -> ModuleChange:
         stored=rank * step.per_rank,
         squared_norm=norm,
         squared_error=max(norm - held, 0.0),
+        singular_values=tuple(_spectrum(step, done)),
         reason=reason,
     )

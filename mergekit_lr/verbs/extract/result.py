@@ -21,8 +21,10 @@ from mergekit_lr.checkpoint.quantized import FP8
 from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
+from mergekit_lr.report.card import notes_of
 from mergekit_lr.report.extraction import Carried, ExtractReport, ModuleFigures
 from mergekit_lr.report.extraction_card import write_extraction_card
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.verbs.extract.plan import ExtractPlan, Step, Treatment, stored_per_rank
 
@@ -174,8 +176,10 @@ def write(plan: ExtractPlan, adapter: Adapter, report: ExtractReport, folder: Pa
     peft.save(adapter, folder, dtype=plan.dtype, layout=plan.pairing.layout, task_type=task)
     size = (folder / "adapter_model.safetensors").stat().st_size
     report = replace(report, adapter_bytes=size, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    write_extraction_card(report, architecture, folder)
     inputs = {"base": plan.base, "finetuned": plan.finetuned}
+    origins = [Input.of(role, one.ref, one.folder, config=one.config) for role, one in inputs.items()]
+    report = replace(report, notes=(*report.notes, *notes_of(origins)))
+    write_extraction_card(report, origins, plan.options, folder)
     write_manifest(folder, manifest("extract", inputs, plan.options, report.to_json()))
     return report
 

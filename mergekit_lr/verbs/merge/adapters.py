@@ -13,9 +13,10 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.graph.run import Progress, run
+from mergekit_lr.report.card import notes_of
 from mergekit_lr.report.manifest import manifest, write_manifest
 from mergekit_lr.report.merging import MergeReport
-from mergekit_lr.report.merging_card import write_merging_card
+from mergekit_lr.report.merging_card import adapters_merged, write_merging_card
 from mergekit_lr.verbs.apply.plan import DTYPES, ApplyPlan, plan_apply
 from mergekit_lr.verbs.apply.result import report_of as application_of
 from mergekit_lr.verbs.apply.result import write_beside as write_model_beside
@@ -23,7 +24,6 @@ from mergekit_lr.verbs.apply.verb import compute as apply_to
 from mergekit_lr.verbs.merge.adapter_compute import AdapterMerging
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan
 from mergekit_lr.verbs.merge.adapter_result import assembled, named, report_of, write
-from mergekit_lr.verbs.merge.result import recipe_text
 
 Advance = Callable[[Progress], None] | None
 
@@ -97,7 +97,9 @@ def _application(plan: AdapterPlan, adapter: Adapter) -> ApplyPlan:
 
 def _finished(plan: AdapterPlan, report: MergeReport, folder: OutputFolder, started: float) -> MergeReport:
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    write_merging_card(report, recipe_text(plan.recipe.content), folder.partial)
+    origins = adapters_merged(plan.adapters, plan.base)
+    report = replace(report, notes=(*report.notes, *notes_of(origins)))
+    write_merging_card(report, plan.recipe.content, origins, folder.partial)
     given = [
         {"ref": one.ref, "files": [{"file": file.name, "bytes": file.stat().st_size} for file in one.files]}
         for one in plan.adapters

@@ -9,16 +9,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from mergekit_lr.checkpoint.checkpoint import STEMS, Checkpoint
 from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
+from mergekit_lr.report.card import notes_of
 from mergekit_lr.report.manifest import FILE, manifest, write_manifest
 from mergekit_lr.report.merging import MergedTensor, MergeReport
-from mergekit_lr.report.merging_card import write_merging_card
+from mergekit_lr.report.merging_card import models_merged, write_merging_card
 from mergekit_lr.verbs.apply.result import LEFT, SMALL
 from mergekit_lr.verbs.merge.plan import MergePlan
 
@@ -64,16 +63,13 @@ def write_beside(plan: MergePlan, report: MergeReport, folder: Path, started: fl
     if left:
         report = replace(report, notes=(*report.notes, f"not copied along: {', '.join(sorted(left))}"))
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
-    write_merging_card(report, recipe_text(plan.recipe.content), folder)
+    origins = models_merged(plan.sources.values())
+    report = replace(report, notes=(*report.notes, *notes_of(origins)))
+    write_merging_card(report, plan.recipe.content, origins, folder)
     inputs = {ref: source.checkpoint for ref, source in plan.sources.items()}
     content = report.to_json() | {"recipe": plan.recipe.content, "loras": _loras(plan)}
     write_manifest(folder, manifest("merge", inputs, plan.options, content))
     return report
-
-
-def recipe_text(content: dict) -> str:
-    """A document as YAML."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _loras(plan: MergePlan) -> dict[str, list[dict[str, object]]]:
