@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class MergedTensor:
     """One tensor of the result, or one module of a merged adapter.
 
-    state: merged, copied or converted. rule: the method with its parameters, in words. squared_norm: of its distance
-    from the base (from the first model where there is none; of an adapter's delta itself). rounding: squared norm of
-    what rounding changed, or of what truncation cut off. rank: of an adapter's module.
+    state: merged, copied, converted or aligned. rule: the method with its parameters, in words. squared_norm: of its
+    distance from the base (from the first model where there is none; of an adapter's delta itself). rounding: squared
+    norm of what rounding changed, or of what truncation cut off. rank: of an adapter's module.
     """
 
     name: str
@@ -65,6 +65,7 @@ class MergeReport:
     written_bytes: int
     peak_bytes: int
     seconds: float
+    vocabulary: dict[str, Any] | None = None
     result: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False, compare=False)
     format: str | None = None

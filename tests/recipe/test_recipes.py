@@ -200,9 +200,14 @@ BAD = {
     "ranges of unequal length": (SLICES, *beside("[0, 2]"), ("line 7", "first source")),
     "two models passed through": (SLICES, *beside("[0, 1]"), ("line 2", "merges 1", "got 2")),
     "union of tokenizers": (PLAIN, *before("tokenizer_source: union"), ("tokenizer.json",)),
-    "tokens": (PLAIN, *before("tokenizer: {source: base, tokens: {a: {}}}"), ("tokens", "not supported")),
+    "tokens": (PLAIN, *before("tokenizer: {source: base, tokens: {a: {sorce: b}}}"),
+               ("line 8", "tokens.a", "source")),
+    "no source of a token": (PLAIN, *before("tokenizer: {tokens: {a: {source: {kind: none}}}}"),
+                             ("line 8", "zero", "model_token")),
+    "a token of another model": (PLAIN, *before("tokenizer: {tokens: {a: {source: c}}}"), ("line 8", "'c'", "none of")),
+    "force is no flag": (PLAIN, *before("tokenizer: {tokens: {a: {force: 3}}}"), ("line 8", "force", "3")),
     "both tokenizers": (PLAIN, *before("tokenizer_source: base\ntokenizer: {source: base}"), ("line 8",)),
-    "chat template": (PLAIN, *before("chat_template: auto"), ("line 8", "auto", "not supported")),
+    "chat template": (PLAIN, *before("chat_template: autos"), ("line 8", "autos", "chatml")),
     "documents without a name": (PLAIN, "version: 1", "merge_method: linear\nmodels: [{model: BASE}]\n---", ("name",)),
 }  # fmt: skip
 

@@ -17,8 +17,8 @@ from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.verbs.apply.change import squared
-from mergekit_lr.verbs.merge.layers import Input, Job
-from mergekit_lr.verbs.merge.plan import MergePlan, is_copy, origin_of
+from mergekit_lr.verbs.merge.layers import Job
+from mergekit_lr.verbs.merge.plan import MergePlan, is_copy, used_by
 
 
 class Done(NamedTuple):
@@ -38,7 +38,12 @@ class Merging:
 
     def read(self, batch: Batch) -> list[list[Tensor]]:
         """For every node its inputs, and behind them its base where it has one."""
-        return [[item.source.read(item.name) for item in self._used(node.work)] for node in batch.nodes]
+        return [self._read(node.work) for node in batch.nodes]
+
+    def _read(self, job: Job) -> list[Tensor]:
+        """A job's tensors, those with a row for each token in the order of the result's vocabulary."""
+        used = used_by(self.plan.recipe, job)
+        return [item.source.read(item.name) for item in used] if job.alignment is None else job.alignment.read(used)
 
     def compute(self, batch: Batch, inputs: list[list[Tensor]]) -> list[Done]:
         """The merged tensors of a batch, all of one shape and with one set of arguments."""
@@ -54,11 +59,6 @@ class Merging:
             self.output.write(node.name, 0, one.tensor)
         for node, one in zip(batch.nodes, done, strict=True):
             self.journal.add(node.name, {}, one.figures)
-
-    def _used(self, job: Job) -> list[Input]:
-        if is_copy(self.plan.recipe, job):
-            return [origin_of(self.plan.recipe, job)]
-        return [*job.inputs, *([job.base] if job.base is not None else [])]
 
     def _merged(self, jobs: list[Job], inputs: list[list[Tensor]]) -> list[Tensor]:
         job, shape, device = jobs[0], inputs[0][0].shape, self.plan.resources.device
@@ -112,7 +112,7 @@ class Merging:
 
     def _refuse_nan(self, job: Job, exact: Tensor, held: list[Tensor]) -> None:
         """Say where a NaN or Inf comes from, if there is one: a sum may also be too large by itself."""
-        for item, tensor in zip(self._used(job), held, strict=True):
+        for item, tensor in zip(used_by(self.plan.recipe, job), held, strict=True):
             if not bool(torch.isfinite(tensor.float()).all()):
                 raise FormatError(f"{item.source.ref}: tensor {item.name} holds NaN or Inf; the checkpoint is damaged")
         if not bool(torch.isfinite(exact).all()):

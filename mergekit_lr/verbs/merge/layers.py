@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.recipe.parameters import arguments, renamed
 from mergekit_lr.recipe.reading import Path_, Recipe
-from mergekit_lr.verbs.merge.sources import Source
+from mergekit_lr.verbs.merge.alignment import Alignment
+from mergekit_lr.verbs.merge.sources import Input, Source
+from mergekit_lr.verbs.merge.vocabulary import Vocabulary
 
 
 class Given(NamedTuple):
@@ -32,19 +34,13 @@ class Slice(NamedTuple):
     parameters: dict[str, Any]
 
 
-class Input(NamedTuple):
-    """A tensor of a model, by its common name."""
-
-    source: Source
-    name: str
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     """One tensor of the result.
 
     inputs: of each model that is merged. base: what deltas are relative to, if anything. arguments: of the method.
     template: whose header the result has. merged: False for a tensor that ``targets`` leaves as the template's.
+    alignment: how a table's rows come to the order of the result's vocabulary, where they are in another.
     """
 
     name: str
@@ -53,6 +49,7 @@ class Job:
     arguments: dict[str, Any]
     template: Input
     merged: bool = True
+    alignment: Alignment | None = None
 
 
 def slices_of(recipe: Recipe, sources: dict[str, Source]) -> list[Slice]:
@@ -83,8 +80,10 @@ def slices_of(recipe: Recipe, sources: dict[str, Source]) -> list[Slice]:
     return found
 
 
-def jobs_of(recipe: Recipe, slices: Sequence[Slice], base: Source | None) -> Iterator[Job]:
-    """Every tensor of the result, in the order of the first model that has it.
+def jobs_of(
+    recipe: Recipe, slices: Sequence[Slice], base: Source | None, vocabulary: Vocabulary | None = None
+) -> Iterator[Job]:
+    """Every tensor of the result, in the order of the first model that has it; tables in the order of ``vocabulary``.
 
     Raises:
         MismatchError: a model lacks a tensor or has it in another shape. UsageError: too few or many models.
@@ -98,11 +97,11 @@ def jobs_of(recipe: Recipe, slices: Sequence[Slice], base: Source | None) -> Ite
             if layer is None:
                 where = slices[0] if name in lead.source.tables else slices[-1]
                 if where is part:
-                    yield _job(recipe, part, base, name, 0, name, 0.0)
+                    yield _job(recipe, part, base, vocabulary, name, 0, name, 0.0)
             elif lead.first <= layer < lead.end:
                 at = layer - lead.first
                 depth = at / (count - 1) if count > 1 else 1.0
-                yield _job(recipe, part, base, name, at, lead.source.layers.moved(name, above + at), depth)
+                yield _job(recipe, part, base, vocabulary, name, at, lead.source.layers.moved(name, above + at), depth)
         above += count
 
 
@@ -122,7 +121,16 @@ def _names(part: Slice, base: Source | None) -> list[str]:
     return list(names)
 
 
-def _job(recipe: Recipe, part: Slice, base: Source | None, name: str, at: int, out: str, t: float) -> Job:
+def _job(
+    recipe: Recipe,
+    part: Slice,
+    base: Source | None,
+    vocabulary: Vocabulary | None,
+    name: str,
+    at: int,
+    out: str,
+    t: float,
+) -> Job:
     method, lead = recipe.method, part.given[0]
 
     def own(source: Source, first: int) -> Input:
@@ -146,16 +154,14 @@ def _job(recipe: Recipe, part: Slice, base: Source | None, name: str, at: int, o
             del inputs[listed], scopes[listed]
     used = origin if method.takes == "deltas" or method.base != "none" else None
     template = origin if origin is not None else inputs[0]
-    every = inputs if origin is None else [*inputs, origin]
-    _same_shape(every, out)
-    merged = recipe.wants(out) and template.source.headers[_held(template)][0].is_floating_point
+    every = list(dict.fromkeys(inputs if origin is None else [*inputs, origin]))
+    aligned = vocabulary is not None and template.has_tokens
+    _same_shape(every, out, aligned=aligned)
+    merged = recipe.wants(out) and template.header[0].is_floating_point
     _count(recipe, len(inputs))
     found = arguments(method, scopes, [part.parameters, recipe.shared], [i.name for i in inputs], out, t)
-    return Job(out, tuple(inputs), used, found, template, merged)
-
-
-def _held(item: Input) -> str:
-    return item.source.aliases.get(item.name, item.name)
+    alignment = vocabulary.alignment(every, out) if vocabulary is not None and aligned else None
+    return Job(out, tuple(inputs), used, found, template, merged, alignment)
 
 
 def _present(source: Source, name: str, out: str) -> Input:
@@ -164,17 +170,15 @@ def _present(source: Source, name: str, out: str) -> Input:
     return Input(source, name)
 
 
-def _same_shape(inputs: Sequence[Input], out: str) -> None:
-    first = inputs[0]
-    shape = first.source.headers[_held(first)][1]
+def _same_shape(inputs: Sequence[Input], out: str, *, aligned: bool) -> None:
+    first, shape = inputs[0], inputs[0].header[1]
     for other in inputs[1:]:
-        found = other.source.headers[_held(other)][1]
-        if found == shape:
+        found = other.header[1]
+        if found == shape or (aligned and found[1:] == shape[1:] and other.has_tokens):
             continue
-        tables = first.source.tables
-        vocabulary = len(shape) == 2 and shape[1:] == found[1:] and (_held(first) in tables or "head" in out)
+        vocabulary = found[1:] == shape[1:] and (first.has_tokens or other.has_tokens) and not aligned
         why = (
-            "vocabularies of different size are not merged; give all models the same rows"
+            "their vocabularies differ; write tokenizer_source: union, or base, into the recipe"
             if vocabulary
             else "they are of different models"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,13 @@ from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.apply.plan import DTYPES
-from mergekit_lr.verbs.merge.config import merged_config
-from mergekit_lr.verbs.merge.layers import Input, Job, Slice, jobs_of, slices_of
-from mergekit_lr.verbs.merge.sources import Source, open_source
-from mergekit_lr.verbs.merge.tokenizer import check_tokenizer
+from mergekit_lr.verbs.merge.alignment import Alignment
+from mergekit_lr.verbs.merge.chat import chat_template
+from mergekit_lr.verbs.merge.config import merged_config, renumbered
+from mergekit_lr.verbs.merge.layers import Job, Slice, jobs_of, slices_of
+from mergekit_lr.verbs.merge.sources import Input, Source, open_source
+from mergekit_lr.verbs.merge.tokenizer import note_on_tokens
+from mergekit_lr.verbs.merge.vocabulary import Vocabulary, vocabulary_of
 
 SHARD = 5 * 10**9  # bytes of a file where the layers are put together anew
 
@@ -32,7 +35,9 @@ class MergePlan:
     """Everything that a merge of models will do.
 
     template: the model whose config, tokenizer and files the result follows. jobs: one per tensor. outputs: dtype and
-    shape of each. states: tensor to what happens to it: merged, copied or converted. rules: to how, in words.
+    shape of each. states: tensor to what happens to it: merged, copied, converted, or aligned, which is a copy with the
+    rows of its tokens in another order. rules: to how, in words. vocabulary: that of the result, where the recipe asks
+    for one. chat_template: its text, where the recipe asks for one.
     """
 
     recipe: Recipe
@@ -50,6 +55,18 @@ class MergePlan:
     notes: tuple[str, ...]
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """Tensors whose rows come to the order of the vocabulary."""
+        return {job.name: job.alignment for job in self.jobs if job.alignment is not None}
+
+    @property
+    def vocabulary_json(self) -> dict[str, Any] | None:
+        """What is done to which rows, ready for JSON."""
+        return self.vocabulary.to_json(self.alignments) if self.vocabulary is not None else None
 
     @property
     def written(self) -> int:
@@ -76,6 +93,7 @@ class MergePlan:
             "device": str(self.resources.device),
             "files": {name: total_bytes(held.values()) for name, held in self.files.items()},
             "notes": list(self.notes),
+            "vocabulary": self.vocabulary_json,
             "states": dict(Counter(self.states.values())),
             "tensors": [
                 {"name": name, "state": state, "rule": self.rules[name], "bytes": total_bytes([self.outputs[name]])}
@@ -107,10 +125,11 @@ def plan_models(
     base = sources[doc.base_model] if doc.base_model else None
     slices = slices_of(recipe, sources)
     template = base or slices[0].given[0].source
-    jobs = tuple(jobs_of(recipe, slices, base))
+    vocabulary = vocabulary_of(recipe, sources, template)
+    if vocabulary is not None:
+        options["vocabulary"] = vocabulary.digest
+    jobs = tuple(jobs_of(recipe, slices, base, vocabulary))
     outputs = {job.name: _header(job, DTYPES[dtype] if dtype else None) for job in jobs}
-    for source in sources.values():
-        check_tokenizer(recipe, template.checkpoint, source.checkpoint)
     available = resources(device=device, memory=memory, threads=threads)
     return MergePlan(
         recipe=recipe,
@@ -120,7 +139,7 @@ def plan_models(
         outputs=outputs,
         files=_files(template, outputs, slices, size),
         index=size is None and doc.models is not None and has_index(template.checkpoint),
-        config=merged_config(template, outputs, slices, dtype),
+        config=merged_config(template, outputs, slices, dtype, vocabulary),
         states={job.name: _state(recipe, job, outputs[job.name]) for job in jobs},
         rules={job.name: rule_of(recipe, job) for job in jobs},
         schedule=schedule(
@@ -129,9 +148,11 @@ def plan_models(
             workers=available.workers,
         ),
         resources=available,
-        notes=(*recipe.notes, *_notes(recipe, template)),
+        notes=(*recipe.notes, *_notes(recipe, sources, template, vocabulary, jobs)),
         seed=seed,
         options=options,
+        vocabulary=vocabulary,
+        chat_template=chat_template(recipe, sources, template),
     )
 
 
@@ -158,11 +179,19 @@ def origin_of(recipe: Recipe, job: Job) -> Input:
     return job.inputs[0] if recipe.method.name == "passthrough" else job.template
 
 
+def used_by(recipe: Recipe, job: Job) -> list[Input]:
+    """What a tensor of the result is made of: its inputs, and behind them its base where it has one."""
+    if is_copy(recipe, job):
+        return [origin_of(recipe, job)]
+    return [*job.inputs, *([job.base] if job.base is not None else [])]
+
+
 def rule_of(recipe: Recipe, job: Job) -> str:
     """What happens to a tensor, in words."""
     if is_copy(recipe, job):
         source = origin_of(recipe, job)
-        return f"copy of {source.source.ref} {source.name}"
+        order = ", rows in the order of the new vocabulary" if job.alignment is not None else ""
+        return f"copy of {source.source.ref} {source.name}{order}"
     return rule_in_words(recipe.method.name, job.arguments)
 
 
@@ -178,7 +207,9 @@ def _short(value: Any) -> str:
 
 def _header(job: Job, dtype: torch.dtype | None) -> Header:
     held = job.template.source
-    own, shape = held.headers[held.aliases.get(job.template.name, job.template.name)]
+    own, shape = job.template.header
+    if job.alignment is not None:
+        shape = (job.alignment.rows, *shape[1:])
     if held.applied is not None and dtype is None:  # a LoRA is merged in float32, the model has its own dtype
         info = held.checkpoint.tensors.get(held.disk.get(job.template.name, ""))
         own = info.dtype if info is not None and info.dtype.is_floating_point else own
@@ -188,23 +219,26 @@ def _header(job: Job, dtype: torch.dtype | None) -> Header:
 def _state(recipe: Recipe, job: Job, header: Header) -> str:
     if not is_copy(recipe, job):
         return "merged"
-    source = origin_of(recipe, job)
-    held = source.source.headers[source.source.aliases.get(source.name, source.name)]
-    return "copied" if held[0] is header[0] else "converted"
+    if job.alignment is not None:
+        return "aligned"
+    return "copied" if origin_of(recipe, job).header[0] is header[0] else "converted"
 
 
 def _node(recipe: Recipe, job: Job, header: Header) -> Node:
     shape = header[1]
     entries = math.prod(shape)
     copied = is_copy(recipe, job)
-    used = [origin_of(recipe, job)] if copied else [*job.inputs, *([job.base] if job.base else [])]
-    read = sum(item.source.nbytes(item.name) for item in used)
+    used = used_by(recipe, job)
+    opened = used if job.alignment is None else job.alignment.inputs
+    read = sum(item.source.nbytes(item.name) for item in opened)
+    aligned = 0 if job.alignment is None else job.alignment.nbytes(len(used))
     # Every input widened, the base, the result, what is written, and the temporaries of a method.
     widened = 4 * entries * (1 if copied else len(used) + 6)
-    cost = Cost(max(read, 1), read + widened + header[0].itemsize * entries, 8.0 * entries * len(used))
+    working = read + aligned + widened + header[0].itemsize * entries
+    cost = Cost(max(read, 1), working, 8.0 * entries * len(used))
     key = json.dumps(job.arguments, sort_keys=True, default=str)
-    dtypes = tuple(item.source.headers[item.source.aliases.get(item.name, item.name)][0] for item in used)
-    alone = job.name if copied or len(shape) > 2 else ""
+    dtypes = tuple(item.header[0] for item in used)
+    alone = job.name if copied or len(shape) > 2 or job.alignment is not None else ""
     signature = (recipe.method.name, copied, shape, header[0], dtypes, key, alone)
     return Node(job.name, signature, used[0].source.place(used[0].name), cost, job)
 
@@ -225,10 +259,16 @@ def _files(template: Source, outputs: Mapping[str, Header], slices: list[Slice],
     return cut_at(files, parsed)
 
 
-def _notes(recipe: Recipe, template: Source) -> list[str]:
+def _notes(
+    recipe: Recipe, sources: Mapping[str, Source], template: Source, vocabulary: Vocabulary | None, jobs: Sequence[Job]
+) -> list[str]:
     notes = []
     if recipe.method.random and recipe.document.version is None:
         notes.append(f"{recipe.method.name} draws at random: the same distribution as mergekit's, not the same numbers")
     if template.checkpoint.folder is None:
         notes.append("the template is in memory: no tokenizer goes along")
-    return notes
+    if vocabulary is None:
+        return notes + note_on_tokens(sources, template)
+    gone = renumbered(template.config, vocabulary)[1]
+    notes += [f"the config's {key} names a token that the result lacks; see config.json" for key in dict.fromkeys(gone)]
+    return notes + vocabulary.lines({job.name: job.alignment for job in jobs if job.alignment is not None})

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from mergekit_lr.checkpoint.checkpoint import STEMS, Checkpoint
+from mergekit_lr.checkpoint.checkpoint import STEMS, Checkpoint, read_config
 from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.graph.journal import Journal
@@ -19,7 +19,11 @@ from mergekit_lr.report.manifest import FILE, manifest, write_manifest
 from mergekit_lr.report.merging import MergedTensor, MergeReport
 from mergekit_lr.report.merging_card import models_merged, write_merging_card
 from mergekit_lr.verbs.apply.result import LEFT, SMALL
+from mergekit_lr.verbs.merge.chat import write_template
+from mergekit_lr.verbs.merge.config import renumbered
 from mergekit_lr.verbs.merge.plan import MergePlan
+
+GENERATION = "generation_config.json"
 
 
 def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float) -> MergeReport:
@@ -48,6 +52,7 @@ def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float
         files={name: total_bytes(held.values()) for name, held in plan.files.items()},
         config=plan.config,
         notes=plan.notes,
+        vocabulary=plan.vocabulary_json,
         read_bytes=plan.schedule.cost.read,
         written_bytes=plan.written,
         peak_bytes=peak_bytes(),
@@ -58,6 +63,7 @@ def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float
 def write_beside(plan: MergePlan, report: MergeReport, folder: Path, started: float) -> MergeReport:
     """Config, small files, card and manifest into ``folder``; the report with what was left behind."""
     left = _copy_side_files(plan.template.checkpoint, folder)
+    _write_tokenizer(plan, folder)
     if plan.config and plan.config != plan.template.checkpoint.config:
         (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
     if left:
@@ -70,6 +76,19 @@ def write_beside(plan: MergePlan, report: MergeReport, folder: Path, started: fl
     content = report.to_json() | {"recipe": plan.recipe.content, "loras": _loras(plan)}
     write_manifest(folder, manifest("merge", inputs, plan.options, content))
     return report
+
+
+def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
+    """The tokenizer and chat template that the recipe asks for, and the numbers of its tokens for generation."""
+    if plan.vocabulary is not None:
+        chosen = plan.vocabulary.chosen
+        if chosen.made is not None or chosen.folder != plan.template.checkpoint.folder:
+            chosen.save(folder)
+        if content := read_config(folder / GENERATION):
+            changed, _ = renumbered(content, plan.vocabulary)
+            (folder / GENERATION).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    if plan.chat_template is not None:
+        write_template(folder, plan.chat_template)
 
 
 def _loras(plan: MergePlan) -> dict[str, list[dict[str, object]]]:

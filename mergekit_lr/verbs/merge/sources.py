@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from mergekit_lr.verbs.apply.plan import ApplyPlan, plan_apply
 from mergekit_lr.verbs.apply.rows import is_scaled
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+POSITIONS = re.compile(r"position|\bwpe\b")  # embeddings too, of places and not of tokens
 NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -53,8 +54,9 @@ class Source:
 
     ref: what the recipe calls it. checkpoint: the model, without its LoRA. headers: common name to dtype and shape.
     disk: common name to the name on disk. aliases: tied ends that have no tensor, to the common name of what they
-    share. flat: names of convolutions, whose kernel is flattened. tables: names of embeddings. applied: the LoRA that
-    goes onto it, by the nodes that write each tensor. files: of the LoRA.
+    share. flat: names of convolutions, whose kernel is flattened. tables: names of embeddings. tokens: names of what
+    has a row for each token, embeddings and heads. applied: the LoRA that goes onto it, by the nodes that write each
+    tensor. files: of the LoRA.
     """
 
     ref: str
@@ -65,6 +67,7 @@ class Source:
     layers: Layers
     flat: frozenset[str]
     tables: frozenset[str]
+    tokens: frozenset[str]
     applied: ApplyPlan | None = None
     files: tuple[Path, ...] = ()
     _nodes: dict[str, list[Node]] = field(default_factory=dict)
@@ -75,6 +78,15 @@ class Source:
         untied = self.applied is not None and self.applied.untied
         return self.checkpoint.config | ({"tie_word_embeddings": False} if untied else {})
 
+    @property
+    def token_rows(self) -> int:
+        """Rows of the table of tokens; 0 where there is none."""
+        return max((self.headers[name][1][0] for name in self.tokens), default=0)
+
+    def header(self, name: str) -> Header:
+        """Dtype and shape of a tensor, of what it shares where it is a tied end."""
+        return self.headers[self.aliases.get(name, name)]
+
     def place(self, name: str) -> tuple[str, int]:
         """File and offset of a tensor, for the order of reading."""
         info = self.checkpoint.tensors.get(self.disk[self.aliases.get(name, name)])
@@ -82,7 +94,7 @@ class Source:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor as it is stored."""
-        dtype, shape = self.headers[self.aliases.get(name, name)]
+        dtype, shape = self.header(name)
         return dtype.itemsize * math.prod(shape)
 
     def read(self, name: str) -> Tensor:
@@ -105,6 +117,28 @@ class Source:
                 if span.name == own:
                     memory.write(own, span.start * span.width, part)
         return memory.tensors[own]
+
+
+class Input(NamedTuple):
+    """A tensor of a model, by its common name."""
+
+    source: Source
+    name: str
+
+    @property
+    def header(self) -> Header:
+        """Its dtype and shape."""
+        return self.source.header(self.name)
+
+    @property
+    def rows(self) -> int:
+        """Length of its first axis."""
+        return self.header[1][0]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it has a row for each token."""
+        return self.source.aliases.get(self.name, self.name) in self.source.tokens
 
 
 class _Unused(Journal):
@@ -151,18 +185,36 @@ def open_source(ref: str | Checkpoint | Mapping[str, Tensor], *, device: str = "
         headers = {names.get(disk, disk): header for disk, header in plan.outputs.items()}
         names |= {disk: disk for disk in plan.outputs if disk not in names}
         aliases = {end: target for end, target in aliases.items() if end not in headers}
+    layers = layers_of(headers, checkpoint.config)
+    tables = frozenset(names[t] for t, kind in kinds.items() if kind is Kind.EMBEDDING)
+    heads = {names[t] for t, kind in kinds.items() if kind is Kind.LINEAR and layers.of(names[t]) is None}
     return Source(
         ref=called,
         checkpoint=checkpoint,
         headers=headers,
         disk={bare: disk for disk, bare in names.items()},
         aliases=aliases,
-        layers=layers_of(headers, checkpoint.config),
+        layers=layers,
         flat=frozenset(names[t] for t, kind in kinds.items() if kind is Kind.CONVOLUTION),
-        tables=frozenset(names[t] for t, kind in kinds.items() if kind is Kind.EMBEDDING),
+        tables=tables,
+        tokens=tokens_of(headers, (plan or checkpoint).config, tables, heads),
         applied=plan,
         files=tuple(file for given in plan.given for file in given.files) if plan else (),
         _nodes=nodes,
+    )
+
+
+def tokens_of(
+    headers: Mapping[str, Header], config: Mapping[str, Any], tables: Set[str], heads: Set[str]
+) -> frozenset[str]:
+    """What has a row for each token: embeddings and heads with as many rows as the config has tokens, and biases."""
+    sizes = {value for key, value in _flat_config(config) if key == "vocab_size"}
+    sizes = sizes or {headers[name][1][0] for name in tables & headers.keys()}
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in heads}
+    return frozenset(
+        name
+        for name in (tables | heads | biases) & headers.keys()
+        if headers[name][1][0] in sizes and not POSITIONS.search(name)
     )
 
 
