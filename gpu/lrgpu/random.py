@@ -38,7 +38,7 @@ def uniform(keys: Sequence[int], count: int, like: Array, *, start: int = 0) -> 
     library = backend.of(like)
     result = library.empty((len(keys), count), library.xp.float32, like)
     block = min(max(count, 1), _CPU_BLOCK) if library.on_cpu(like) else max(count, 1)
-    weyl = library.put(torch.arange(block, dtype=torch.int32), like) * _signed(_GAMMA)
+    weyl = library.put(torch.arange(1, block + 1, dtype=torch.int32), like) * _signed(_GAMMA)
     for row, key in enumerate(keys):
         for first in range(0, count, block):
             place = start + first

@@ -105,22 +105,23 @@ def _search(parts: Iterable[Array], k: int) -> _Found:
     prefix, shift, equals = 0, 8 * dtype.itemsize - _DIGIT, 0
     first = True
     while shift >= 0:
-        counts: Any = 0
+        counts: Any = None
         for block in _blocks(parts):
             xp = backend.of(block).xp
             digits = block >> shift
             if first:
-                counts = counts + xp.bincount(digits, minlength=1 << _DIGIT)
+                found = xp.bincount(digits, minlength=1 << _DIGIT)
             else:  # numbers of other buckets are counted on both sides: far faster than leaving them out
                 digits = xp.clip(digits - (prefix << _DIGIT), -1, 1 << _DIGIT) + 1
-                counts = counts + xp.bincount(digits, minlength=(1 << _DIGIT) + 2)[1:-1]
-        total = 0 if isinstance(counts, int) else int(counts.sum())
+                found = xp.bincount(digits, minlength=(1 << _DIGIT) + 2)[1:-1]
+            counts = found if counts is None else counts + found
+        total = 0 if counts is None else int(counts.sum())
         if not 1 <= k <= total:
             raise ValueError(f"k must be between 1 and {total}, got {k}")
         below = backend.of(counts).xp.cumsum(counts, 0)
         digit = int((below < k).sum())
         k -= int(below[digit - 1]) if digit else 0
-        prefix, equals = prefix << _DIGIT | digit, int(counts[digit])
+        prefix, equals = prefix << _DIGIT | digit, int(counts[digit])  # type: ignore[index]
         shift, first = shift - _DIGIT, False
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     floats = getattr(torch, str(dtype).removeprefix("torch."))

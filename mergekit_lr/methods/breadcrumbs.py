@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from lrgpu.selection import largest
+import torch
+from lrgpu.selection import Cut, cut
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import Blocks, Reread
 from mergekit_lr.methods.consensus import elected_sum, weighted_sum
 from mergekit_lr.methods.dare import Compat
 from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.registry import Number, PerModel, Share, method
-from mergekit_lr.methods.ties import counts, matched_l1
+from mergekit_lr.methods.ties import beyond, matched_l1
 
 
-@method("breadcrumbs", paper="2312.06795", takes="deltas", spaces=("full", "core", "knots"))
+class Ring(NamedTuple):
+    """What is kept of a matrix: what is beyond ``least``, but not beyond ``most``."""
+
+    least: Cut
+    most: Cut
+
+
+def rings(blocks: Blocks, *, density: list[Any], gamma: list[Any], compat: Compat = "paper", **_: Any) -> list[Ring]:
+    """For each model what is kept of the whole matrix."""
+
+    def ring(t: int) -> Ring:
+        keep, top = _counts(blocks.size, density[t], gamma[t], compat)
+        magnitudes = Reread(lambda: (block.inputs[t].abs() for block in blocks))
+        return Ring(cut(magnitudes, keep + top, blocks.size), cut(magnitudes, top, blocks.size))
+
+    return [ring(t) for t in range(len(density))]
+
+
+@method(
+    "breadcrumbs",
+    paper="2312.06795",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    elementwise=lambda given: not given.get("rescale", False),
+    measure=rings,
+)
 def breadcrumbs(
     deltas: Sequence[Tensor],
     /,
@@ -27,6 +54,8 @@ def breadcrumbs(
     rescale: bool = False,
     scale: Number = 1.0,
     compat: Compat = "paper",
+    measured: list[Ring] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Drops outliers and small elements of each delta, and takes the weighted sum.
 
@@ -56,11 +85,18 @@ def breadcrumbs(
     Example:
         {density: 0.9, gamma: 0.01}
     """
-    crumbs = _crumbs(deltas, density, gamma, rescale, compat)
+    crumbs = _crumbs(deltas, density, gamma, rescale, compat, measured, start)
     return weighted_sum(crumbs, weights, normalize=normalize) * scale
 
 
-@method("breadcrumbs_ties", paper="2312.06795", takes="deltas", spaces=("full", "core", "knots"))
+@method(
+    "breadcrumbs_ties",
+    paper="2312.06795",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    elementwise=lambda given: not given.get("rescale", False),
+    measure=rings,
+)
 def breadcrumbs_ties(
     deltas: Sequence[Tensor],
     /,
@@ -72,6 +108,8 @@ def breadcrumbs_ties(
     rescale: bool = False,
     scale: Number = 1.0,
     compat: Compat = "paper",
+    measured: list[Ring] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Drops outliers and small elements of each delta, and sums those of the elected sign.
 
@@ -96,21 +134,48 @@ def breadcrumbs_ties(
     Example:
         {density: 0.9, gamma: 0.01, weight: 0.5}
     """
-    crumbs = _crumbs(deltas, density, gamma, rescale, compat)
+    crumbs = _crumbs(deltas, density, gamma, rescale, compat, measured, start)
     return elected_sum(crumbs, weights, divisor="weights" if normalize else "none") * scale
 
 
 def _crumbs(
-    deltas: Iterable[Tensor], density: list[Any], gamma: list[Any], rescale: bool, compat: Compat
+    deltas: Iterable[Tensor],
+    density: list[Any],
+    gamma: list[Any],
+    rescale: bool,
+    compat: Compat,
+    measured: list[Ring] | None,
+    start: int,
 ) -> Iterator[Tensor]:
     for t, delta in enumerate(deltas):
         delta = widened(delta)
-        size = delta.shape[-2] * delta.shape[-1]
-        keep = counts(density[t], delta)
-        top = [min(drop, size - kept) for drop, kept in zip(counts(gamma[t], delta), keep, strict=True)]
-        if compat == "mergekit":
-            keep = [k if drop or k == size else 0 for k, drop in zip(keep, counts(gamma[t], delta), strict=True)]
-        magnitudes = delta.abs().reshape(-1, size)
-        kept = largest(magnitudes, [k + d for k, d in zip(keep, top, strict=True)]) & ~largest(magnitudes, top)
-        crumbs = delta * kept.reshape(delta.shape)
+        if measured is not None:
+            yield _within(delta, measured[t], start)
+            continue
+        rows = delta.reshape(-1, delta.shape[-2] * delta.shape[-1])
+        shares = (_spread(share, delta) for share in (density[t], gamma[t]))
+        kept = []
+        for row, share, drop in zip(rows, *shares, strict=True):
+            keep, top = _counts(row.numel(), share, drop, compat)
+            magnitudes = row.abs()
+            ring = Ring(cut([magnitudes], keep + top, row.numel()), cut([magnitudes], top, row.numel()))
+            kept.append(_within(row, ring))
+        crumbs = torch.stack(kept).reshape(delta.shape)
         yield matched_l1(crumbs, delta) if rescale else crumbs
+
+
+def _spread(share: Any, delta: Tensor) -> list[float]:
+    """The share of each matrix of the batch."""
+    return torch.as_tensor(share, dtype=torch.float64).expand(*delta.shape[:-2], 1, 1).flatten().tolist()
+
+
+def _within(values: Tensor, ring: Ring, start: int = 0) -> Tensor:
+    return beyond(values, ring.least, start) - beyond(values, ring.most, start)
+
+
+def _counts(size: int, density: float, gamma: float, compat: Compat) -> tuple[int, int]:
+    """How many elements of ``size`` are kept, and how many larger ones are dropped."""
+    keep, drop = int(density * size), int(gamma * size)
+    if compat == "mergekit" and not drop and keep != size:
+        return 0, 0
+    return keep, min(drop, size - keep)

@@ -8,18 +8,49 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from lrgpu.random import uniform
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import Blocks
 from mergekit_lr.methods.consensus import elected_sum, weighted_sum
 from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.registry import Number, PerModel, Share, method
-from mergekit_lr.methods.ties import matched_l1
+from mergekit_lr.methods.ties import l1_ratio, matched_l1
 
 Compat = Literal["paper", "mergekit"]
 
 
-@method("dare_linear", paper="2311.03099", takes="deltas", spaces=("full", "core", "knots"))
+def factors(
+    blocks: Blocks,
+    *,
+    keys: Sequence[Sequence[int]],
+    density: list[Any],
+    rescale: bool = True,
+    compat: Compat = "paper",
+    **_: Any,
+) -> list[float]:
+    """What the rest of each delta is multiplied by, with all of the matrix seen."""
+    if not rescale:
+        return [1.0] * len(density)
+    if compat == "paper":
+        return [inverse(share, None) for share in density]
+    sums = torch.zeros(2, len(density), dtype=torch.float64)
+    for block in blocks:
+        for t, delta in enumerate(block.inputs):
+            kept = drop(delta, keys[t], density[t], block.start)
+            sums[:, t] += torch.stack([delta.abs().sum(), kept.abs().sum()]).double().cpu()
+    return [l1_ratio(before, after) for before, after in sums.T.tolist()]
+
+
+@method(
+    "dare_linear",
+    paper="2311.03099",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    elementwise=True,
+    measure=factors,
+)
 def dare_linear(
     deltas: Sequence[Tensor],
     /,
@@ -31,6 +62,8 @@ def dare_linear(
     rescale: bool = True,
     scale: Number = 1.0,
     compat: Compat = "paper",
+    measured: list[float] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and takes the weighted sum.
 
@@ -63,10 +96,18 @@ def dare_linear(
     Example:
         {density: 0.5}
     """
-    return weighted_sum(_dropped(deltas, keys, density, rescale, compat), weights, normalize=normalize) * scale
+    dropped = _dropped(deltas, keys, density, rescale, compat, measured, start)
+    return weighted_sum(dropped, weights, normalize=normalize) * scale
 
 
-@method("dare_ties", paper="2311.03099", takes="deltas", spaces=("full", "core", "knots"))
+@method(
+    "dare_ties",
+    paper="2311.03099",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    elementwise=True,
+    measure=factors,
+)
 def dare_ties(
     deltas: Sequence[Tensor],
     /,
@@ -78,6 +119,8 @@ def dare_ties(
     rescale: bool = True,
     scale: Number = 1.0,
     compat: Compat = "paper",
+    measured: list[float] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and sums those of the elected sign.
 
@@ -103,30 +146,43 @@ def dare_ties(
     Example:
         {density: 0.5, weight: 0.5}
     """
-    dropped = _dropped(deltas, keys, density, rescale, compat)
+    dropped = _dropped(deltas, keys, density, rescale, compat, measured, start)
     return elected_sum(dropped, weights, divisor="weights" if normalize else "none") * scale
 
 
-def drop(delta: Tensor, keys: Sequence[int], density: Any) -> Tensor:
-    """The delta (..., m, n) with each element kept with probability ``density``, unscaled."""
+def drop(delta: Tensor, keys: Sequence[int], density: Any, start: int = 0) -> Tensor:
+    """The delta (..., m, n) with each element kept with probability ``density``, unscaled.
+
+    ``start``: the place of its first element in the matrix that the streams are for.
+    """
     if not isinstance(density, Tensor) and density >= 1:
         return delta
-    return delta * (uniform(keys, delta.shape[-2] * delta.shape[-1], delta).reshape(delta.shape) < density)
+    draw = uniform(keys, delta.shape[-2] * delta.shape[-1], delta, start=start).reshape(delta.shape)
+    # Where numbers are compared into numbers, not booleans, the product takes a fraction of the time.
+    return delta * torch.lt(draw, density, out=draw)
 
 
 def _dropped(
-    deltas: Iterable[Tensor], keys: Sequence[Sequence[int]], density: list[Any], rescale: bool, compat: Compat
+    deltas: Iterable[Tensor],
+    keys: Sequence[Sequence[int]],
+    density: list[Any],
+    rescale: bool,
+    compat: Compat,
+    measured: list[float] | None,
+    start: int,
 ) -> Iterator[Tensor]:
     for t, delta in enumerate(deltas):
         delta = widened(delta)
-        kept = drop(delta, keys[t], density[t])
-        if rescale and kept is not delta:
+        kept = drop(delta, keys[t], density[t], start)
+        if measured is not None:
+            kept = kept if measured[t] == 1 else kept * measured[t]
+        elif rescale and kept is not delta:
             kept = matched_l1(kept, delta) if compat == "mergekit" else kept * inverse(density[t], kept)
         yield kept
 
 
-def inverse(density: Any, like: Tensor) -> Any:
+def inverse(density: Any, like: Tensor | None) -> Any:
     """1 / density; 0 where the density is 0 and nothing is kept."""
-    if isinstance(density, Tensor):
+    if isinstance(density, Tensor) and like is not None:
         return (1 / density.where(density > 0, 1)).where(density > 0, 0).to(like.dtype)
     return 1 / density if density > 0 else 0.0

@@ -72,7 +72,11 @@ def scaled(delta: Delta, factor: Any) -> Delta:
 
 
 def gram(deltas: Sequence[Delta]) -> Tensor:
-    """The inner products (..., T, T) of all pairs, float64."""
+    """The inner products (..., T, T) of all pairs, float64.
+
+    Of float32 tensors the products are summed in float32 within a block, pairwise, which keeps 1e-8, and the blocks in
+    float64; a sum that may have underflowed or overflowed is taken again in float64.
+    """
     factors = [delta.folded() for delta in deltas if isinstance(delta, LowRank)]
     if len(factors) == len(deltas):
         rows = [torch.stack([left.inner(right) for right in factors], -1) for left in factors]
@@ -81,9 +85,21 @@ def gram(deltas: Sequence[Delta]) -> Tensor:
     step = max(1, _BLOCK // max(1, len(dense) * dense[0].shape[-1]))
     total = dense[0].new_zeros((*dense[0].shape[:-2], len(dense), len(dense)), dtype=torch.float64)
     for start in range(0, dense[0].shape[-2], step):
-        block = torch.stack([d[..., start : start + step, :].double().flatten(-2) for d in dense], -2)
-        total += block @ block.mT
-    return total
+        block = [d[..., start : start + step, :] for d in dense]
+        for s, left in enumerate(block):
+            for t, right in enumerate(block[: s + 1]):
+                total[..., s, t] += _inner(left, right)
+    lower = total.tril(-1)
+    return total.diagonal(dim1=-2, dim2=-1).diag_embed() + lower + lower.mT
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product (...) of blocks (..., m, n), float64."""
+    result = (left * right).sum((-2, -1)).double()
+    sizes = result.abs()
+    if bool(((sizes > 1e-30) & (sizes < torch.inf)).all()):
+        return result
+    return (left.double() * right.double()).sum((-2, -1))
 
 
 def squared_norm(delta: Delta) -> Tensor:

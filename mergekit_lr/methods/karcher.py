@@ -12,12 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import products
 from mergekit_lr.methods.delta import Delta, combine, gram
 from mergekit_lr.methods.registry import method
 
 
-@method("karcher", paper="10.1002/cpa.3160300502", takes="weights", factored=True)
-def karcher(models: Sequence[Delta], /, *, max_iter: int = 10, tol: float = 1e-5) -> Delta:
+@method(
+    "karcher",
+    paper="10.1002/cpa.3160300502",
+    takes="weights",
+    factored=True,
+    elementwise=True,
+    measure=products,
+)
+def karcher(
+    models: Sequence[Delta], /, *, max_iter: int = 10, tol: float = 1e-5, measured: Tensor | None = None
+) -> Delta:
     """The Riemannian mean of the models' directions, at the mean of their lengths.
 
     Formula:
@@ -43,9 +53,9 @@ def karcher(models: Sequence[Delta], /, *, max_iter: int = 10, tol: float = 1e-5
     Example:
         {max_iter: 20}
     """
-    products = gram(models)
-    flat = products.reshape(-1, *products.shape[-2:])
-    coefficients = torch.stack([_mean(one, max_iter, tol) for one in flat]).reshape(products.shape[:-1])
+    inner = gram(models) if measured is None else measured
+    flat = inner.reshape(-1, *inner.shape[-2:])
+    coefficients = torch.stack([_mean(one, max_iter, tol) for one in flat]).reshape(inner.shape[:-1])
     return combine([c[..., None, None] for c in coefficients.unbind(-1)], models)
 
 

@@ -11,7 +11,7 @@ from mergekit_lr.methods.delta import Delta, combine
 from mergekit_lr.methods.registry import PerModel, method
 
 
-@method("linear", paper="2203.05482", takes="weights", factored=True)
+@method("linear", paper="2203.05482", takes="weights", factored=True, elementwise=True)
 def linear(models: Sequence[Delta], /, *, weights: PerModel = 1.0, normalize: bool = True) -> Delta:
     """The weighted average of the models.
 

@@ -12,11 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import products
 from mergekit_lr.methods.delta import combine, gram, widened
 from mergekit_lr.methods.registry import method
 
 
-@method("model_stock", paper="2403.19522", takes="weights", models=(2, None))
+@method(
+    "model_stock",
+    paper="2403.19522",
+    takes="weights",
+    elementwise=lambda given: not given.get("filter_wise", False),
+    measure=products,
+    models=(2, None),
+)
 def model_stock(
     models: Sequence[Tensor],
     /,
@@ -24,6 +32,7 @@ def model_stock(
     base: Tensor,
     filter_wise: bool = False,
     compat: Literal["paper", "mergekit"] = "paper",
+    measured: Tensor | None = None,
 ) -> Tensor:
     """Model Stock: the average of the fine-tunes, drawn towards the base where they disagree.
 
@@ -54,11 +63,14 @@ def model_stock(
         {filter_wise: false}
     """
     deltas = [widened(model) - base for model in models]
-    rows = torch.stack(deltas, -2) if filter_wise else None
-    products = gram(deltas) if rows is None else rows.double() @ rows.double().mT  # (..., [m,] N, N)
-    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    if filter_wise:
+        rows = torch.stack(deltas, -2).double()
+        inner = rows @ rows.mT  # (..., m, N, N)
+    else:
+        inner = gram(deltas) if measured is None else measured
+    lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
     size = lengths[..., :, None] * lengths[..., None, :]
-    cosines = products / size.where(size > 0, 1.0)
+    cosines = inner / size.where(size > 0, 1.0)
     count = len(models)
     off_diagonal = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
     mean = off_diagonal / (count * (count - 1))

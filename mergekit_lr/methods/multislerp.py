@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mergekit_lr.errors import UsageError
+from mergekit_lr.methods.blocks import products
 from mergekit_lr.methods.delta import Delta, combine, gram, widened
 from mergekit_lr.methods.linear import normalized
 from mergekit_lr.methods.registry import PerModel, method
 
 
-@method("multislerp", paper="mergekit", takes="weights", factored=True)
+@method("multislerp", paper="mergekit", takes="weights", factored=True, elementwise=True, measure=products)
 def multislerp(
     models: Sequence[Delta],
     /,
@@ -28,6 +29,7 @@ def multislerp(
     weights: PerModel = 1.0,
     normalize_weights: bool = True,
     eps: float = 1e-8,
+    measured: Tensor | None = None,
 ) -> Delta:
     """The weighted mean direction of several models, or of their deltas, at their weighted mean length.
 
@@ -62,11 +64,11 @@ def multislerp(
         return models[0]
     dense = [model for model in models if isinstance(model, Tensor)]
     deltas = models if base is None else [widened(model) - base for model in dense]
-    products = gram(deltas)
-    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()  # (..., T)
+    inner = gram(deltas) if measured is None else measured
+    lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()  # (..., T)
     w = torch.stack([_over(weight, lengths) for weight in (normalized(weights) if normalize_weights else weights)], -1)
     c = w / (lengths + eps)
-    mean = (c * (products @ c[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
+    mean = (c * (inner @ c[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
     none = mean < eps
     if bool(none.any()) and len(models) > 2:
         raise UsageError("multislerp: the weighted models cancel, so their mean has no direction; change the weights")

@@ -11,7 +11,7 @@ from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.registry import Number, method
 
 
-@method("nearswap", paper="mergekit", takes="weights", models=(1, 1))
+@method("nearswap", paper="mergekit", takes="weights", elementwise=True, models=(1, 1))
 def nearswap(models: Sequence[Tensor], /, *, base: Tensor, t: Number) -> Tensor:
     """The base moved towards the model by at most ``t`` in every element.
 

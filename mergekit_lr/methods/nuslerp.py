@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lr.errors import UsageError
+from mergekit_lr.methods.blocks import products
 from mergekit_lr.methods.delta import Delta, combine, gram, widened
 from mergekit_lr.methods.registry import PerModel, method
 from mergekit_lr.methods.slerp import arc
@@ -16,7 +17,15 @@ from mergekit_lr.methods.slerp import arc
 _COLLINEAR = 1e-16  # 1 - |cosine| below which the arc is taken for its chord
 
 
-@method("nuslerp", paper="mergekit", takes="weights", factored=True, models=(2, 2))
+@method(
+    "nuslerp",
+    paper="mergekit",
+    takes="weights",
+    factored=True,
+    elementwise=lambda given: given.get("nuslerp_flatten", True),
+    measure=products,
+    models=(2, 2),
+)
 def nuslerp(
     models: Sequence[Delta],
     /,
@@ -25,6 +34,7 @@ def nuslerp(
     weights: PerModel = 1.0,
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
+    measured: Tensor | None = None,
 ) -> Delta:
     """Spherical interpolation of two models at w_2 / (w_1 + w_2), of their deltas if there is a base.
 
@@ -55,7 +65,7 @@ def nuslerp(
     deltas = models if base is None else [widened(_dense(model)) - base for model in models]
     t = _share(weights)
     if nuslerp_flatten:
-        merged = combine(arc(gram(deltas), t, _COLLINEAR), deltas)
+        merged = combine(arc(gram(deltas) if measured is None else measured, t, _COLLINEAR), deltas)
     else:
         left, right = (widened(_dense(delta)) for delta in deltas)
         columns = nuslerp_row_wise and left.shape[-2] > 1

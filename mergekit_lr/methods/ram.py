@@ -11,7 +11,7 @@ from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.registry import Number, method
 
 
-@method("ram", paper="2601.13572", takes="deltas", spaces=("full", "core", "knots"))
+@method("ram", paper="2601.13572", takes="deltas", spaces=("full", "core", "knots"), elementwise=True)
 def ram(deltas: Sequence[Tensor], /, *, epsilon: Number = 1e-5, scale: Number = 1.0) -> Tensor:
     """Averages elements that several models changed and keeps those that one did.
 

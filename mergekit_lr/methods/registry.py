@@ -41,7 +41,7 @@ Number: TypeAlias = Annotated[Any, Numeric()]
 PerModel: TypeAlias = Annotated[Any, Numeric(per_model=True)]
 Share: TypeAlias = Annotated[Any, Numeric(per_model=True, low=0.0, high=1.0)]
 
-_PROVIDED = ("base", "keys")  # not parameters of a user: given by whoever runs the method
+_PROVIDED = ("base", "keys", "start", "measured")  # not parameters of a user: given by whoever runs the method
 _ALIASES = {"weight": "weights", "lambda": "scale"}  # mergekit's names
 
 
@@ -71,8 +71,11 @@ class Method:
     function: the checked function. paper: arXiv id, or where it comes from. takes: "weights", "deltas" or
     "factors". spaces: where it may run. parameters: by name. vectors: what is done with 1-D tensors instead, or
     None for the same. factored: given ``LowRank`` deltas it returns ``LowRank`` without a dense matrix. random:
-    it needs stream keys. base: "required", "optional" or "none" for a method on weights. models: least and most
-    inputs. inner: its further parameters are those of another method.
+    it needs stream keys. elementwise: whether, with these arguments, an element of the result depends on the same
+    element of the inputs alone, on its place (``start``), and on what ``measure`` finds in a pass over all blocks
+    (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). base: "required",
+    "optional" or "none" for a method on weights. models: least and most inputs. inner: its further parameters are
+    those of another method.
     """
 
     name: str
@@ -85,6 +88,9 @@ class Method:
     vectors: Callable[..., Any] | None
     factored: bool
     random: bool
+    placed: bool
+    elementwise: Callable[[Mapping[str, Any]], bool]
+    measure: Callable[..., Any] | None
     base: str
     models: tuple[int, int | None]
     inner: bool
@@ -105,6 +111,8 @@ def method(
     spaces: Sequence[str] = ("full",),
     vectors: Callable[..., Any] | None = None,
     factored: bool = False,
+    elementwise: Callable[[Mapping[str, Any]], bool] | bool = False,
+    measure: Callable[..., Any] | None = None,
     models: tuple[int, int | None] = (1, None),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the method ``name``; the arguments are the fields of :class:`Method`."""
@@ -134,6 +142,9 @@ def method(
             vectors=vectors,
             factored=factored or takes == "factors",
             random="keys" in signature.parameters,
+            placed="start" in signature.parameters,
+            elementwise=elementwise if callable(elementwise) else _always if elementwise else _never,
+            measure=measure,
             base="none" if base is None else "required" if base.default is base.empty else "optional",
             models=models,
             inner=inner,
@@ -141,6 +152,14 @@ def method(
         return checked
 
     return register
+
+
+def _always(_: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _never(_: Mapping[str, Any]) -> bool:
+    return False
 
 
 def methods() -> dict[str, Method]:

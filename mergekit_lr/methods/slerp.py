@@ -11,14 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import products
 from mergekit_lr.methods.delta import Delta, combine, gram
 from mergekit_lr.methods.registry import Number, method
 
 _COLLINEAR = 0.9995  # |cosine| above which the arc is taken for its chord
 
 
-@method("slerp", paper="10.1145/325334.325242", takes="weights", factored=True, models=(2, 2))
-def slerp(models: Sequence[Delta], /, *, t: Number) -> Delta:
+@method(
+    "slerp",
+    paper="10.1145/325334.325242",
+    takes="weights",
+    factored=True,
+    elementwise=True,
+    measure=products,
+    models=(2, 2),
+)
+def slerp(models: Sequence[Delta], /, *, t: Number, measured: Tensor | None = None) -> Delta:
     """Spherical interpolation from the first model (t = 0) to the second (t = 1).
 
     The vectors keep their lengths: for unequal ones the result's length is between, though not linear in t.
@@ -45,7 +54,7 @@ def slerp(models: Sequence[Delta], /, *, t: Number) -> Delta:
     Example:
         {t: 0.5}
     """
-    first, second = arc(gram(models), t, 1 - _COLLINEAR)
+    first, second = arc(gram(models) if measured is None else measured, t, 1 - _COLLINEAR)
     return combine([first, second], models)
 
 

@@ -9,7 +9,14 @@ from mergekit_lr.methods.linear import normalized
 from mergekit_lr.methods.registry import Number, PerModel, method
 
 
-@method("task_arithmetic", paper="2212.04089", takes="deltas", spaces=("full", "core", "knots"), factored=True)
+@method(
+    "task_arithmetic",
+    paper="2212.04089",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    factored=True,
+    elementwise=True,
+)
 def task_arithmetic(
     deltas: Sequence[Delta], /, *, weights: PerModel = 1.0, normalize: bool = False, scale: Number = 1.0
 ) -> Delta:

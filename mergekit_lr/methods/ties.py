@@ -6,17 +6,38 @@ The threshold is found by selection and the sums run in accumulators: cost O(T m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from typing import Any, Literal
 
-from lrgpu.selection import kth_smallest, largest
+import torch
+from lrgpu.selection import Cut, cut, kth_smallest
 from torch import Tensor
 
+from mergekit_lr.methods.blocks import Blocks, Reread
 from mergekit_lr.methods.consensus import elected_sum
 from mergekit_lr.methods.delta import scaled, widened
 from mergekit_lr.methods.registry import Number, PerModel, Share, method
 
 
-@method("ties", paper="2306.01708", takes="deltas", spaces=("full", "core", "knots"))
+def cuts(blocks: Blocks, *, density: list[Any], threshold: list[Any] | None, **_: Any) -> list[Cut]:
+    """For each model what :func:`keep_largest` keeps of the whole matrix."""
+    if threshold is not None:
+        return [Cut(limit, inf) for limit in threshold]
+
+    def magnitudes(t: int) -> Reread:
+        return Reread(lambda: (block.inputs[t].abs() for block in blocks))
+
+    return [cut(magnitudes(t), int(share * blocks.size), blocks.size) for t, share in enumerate(density)]
+
+
+@method(
+    "ties",
+    paper="2306.01708",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    elementwise=lambda given: not given.get("rescale", False) and given.get("zero_sign") != "majority",
+    measure=cuts,
+)
 def ties(
     deltas: Sequence[Tensor],
     /,
@@ -31,6 +52,8 @@ def ties(
     majority: Literal["sum", "count"] = "sum",
     zero_sign: Literal["positive", "majority"] = "positive",
     divide_by: Literal["weights", "count"] = "weights",
+    measured: list[Cut] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Trims each delta, elects a sign per element, and averages the values of that sign.
 
@@ -66,7 +89,10 @@ def ties(
     Example:
         {density: 0.5}
     """
-    trimmed = _trimmed(deltas, density, threshold, rescale)
+    if measured is not None:
+        trimmed = (beyond(widened(delta), where, start) for delta, where in zip(deltas, measured, strict=True))
+    else:
+        trimmed = _trimmed(deltas, density, threshold, rescale)
     merged = elected_sum(
         trimmed,
         weights,
@@ -96,7 +122,29 @@ def keep_largest(delta: Tensor, density: Any) -> Tensor:
     if not isinstance(density, Tensor) and density >= 1:
         return delta
     flat = delta.reshape(-1, delta.shape[-2] * delta.shape[-1])
-    return delta * largest(flat.abs(), counts(density, delta)).reshape(delta.shape)
+    rows = zip(flat, counts(density, delta), strict=True)
+    return torch.stack([beyond(row, cut([row.abs()], count, row.numel())) for row, count in rows]).reshape(delta.shape)
+
+
+def beyond(values: Tensor, where: Cut, start: int = 0) -> Tensor:
+    """``values`` that are among the largest, the others zero; ``start``: the place of the first in what was cut."""
+    threshold, end = where
+    if threshold < 0:
+        return values
+    if threshold == inf:
+        return torch.zeros_like(values)
+    inside = min(max(end - start, 0), values.numel())
+    if 0 < inside < values.numel():
+        parts = values.reshape(-1)[: int(inside)], values.reshape(-1)[int(inside) :]
+        kept = [beyond(part, Cut(threshold, at)) for part, at in zip(parts, (inf, 0), strict=True)]
+        return torch.cat(kept).reshape(values.shape)
+    # Hard shrinkage keeps what is beyond its limit: with the next smaller number, the threshold itself too.
+    if inside:
+        if threshold == 0:
+            return values
+        limit = torch.tensor(threshold, dtype=values.dtype)
+        threshold = float(torch.nextafter(limit, torch.zeros_like(limit)))
+    return torch.nn.functional.hardshrink(values, threshold)
 
 
 def counts(share: Any, delta: Tensor) -> list[int]:
@@ -105,6 +153,11 @@ def counts(share: Any, delta: Tensor) -> list[int]:
     if not isinstance(share, Tensor):
         return [int(share * size)] * (delta.numel() // max(1, size))
     return [int(s * size) for s in share.expand(*delta.shape[:-2], 1, 1).flatten().tolist()]
+
+
+def l1_ratio(before: float, after: float) -> float:
+    """What brings an L1 norm ``after`` back to ``before``; 1 where either is zero."""
+    return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
 
 
 def matched_l1(sparse: Tensor, delta: Tensor) -> Tensor:

@@ -73,19 +73,21 @@ def test_masks_have_exactly_as_many(place: Place):
 # Random numbers
 
 
-def test_splitmix_reference(place: Place):
-    """The published generator in plain integers."""
+def test_random_numbers_by_definition(place: Place):
+    """The generator in plain integers."""
 
-    def published(state: int) -> int:
-        z = state % 2**64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        return z ^ (z >> 31)
+    def number(key: int, i: int) -> float:
+        z = (key + (i + 1) * 0x9E3779B9) % 2**32
+        z = (z ^ (z >> 16)) * 0x7FEB352D % 2**32
+        z = (z + (key >> 32)) % 2**32
+        z = (z ^ (z >> 15)) * 0x846CA68B % 2**32
+        z = (z ^ (z >> 15)) * 0x31848BAB % 2**32
+        return ((z ^ (z >> 16)) >> 8) / 2**24
 
     like = place(torch.zeros(1))
     for key in (0, 1234567, 2**64 - 1, stream(0, "layer", "model")):
         mine = back(uniform([key], 40, like))[0]
-        exact = [(published(key + (i + 1) * 0x9E3779B97F4A7C15) >> 40) / 2**24 for i in range(40)]
+        exact = [number(key, i) for i in range(40)]
         assert mine.tolist() == exact
         assert back(uniform([key], 15, like, start=25))[0].tolist() == exact[25:]
 
