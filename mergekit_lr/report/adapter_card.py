@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.report.inputs import Input, stated_hub_id
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.loading import Base
 from mergekit_lr.report.spectrum import FILE, Spectrum, lines_of, spectrum_svg, spectrum_table
 
@@ -21,9 +21,8 @@ def base_of(base: Input, *, config: Mapping[str, Any]) -> Base:
     return Base(base.hub or f"path/to/{base.name}", revision, base.subfolder, config)
 
 
-def named_base(text: str | None) -> Base:
-    """The base that only an adapter's configuration names, by a Hub id or somebody's path."""
-    hub = stated_hub_id(text)
+def named_base(text: str | None, hub: str | None) -> Base:
+    """The base that only an adapter's configuration names, where that is no Hub id by the end of somebody's path."""
     last = re.split(r"[/\\]", (text or "").rstrip("/\\"))[-1]
     return Base(hub or f"path/to/{last or 'base'}")
 

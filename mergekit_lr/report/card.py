@@ -164,9 +164,10 @@ def _terms(terms: licence.Combined) -> str:
     if terms.licence is None:
         head = "Unknown: nothing that this was made from states a licence."
     else:
-        head = f"{plain(terms.licence.label)}, the strictest that the inputs state."
-        if len(terms.stated) + len(terms.unstated) == 1:
-            head = f"{plain(terms.licence.label)}, as the input states."
+        names = [plain(name) for name in terms.licence.label.split(licence.JOIN)]
+        head = f"{names[0]}, the strictest that the inputs state."
+        if len(names) > 1:
+            head = f"{', '.join(names[:-1])} and {names[-1]}, each of which sets terms for the whole."
         head += " What an input that states none allows is not known." if terms.unstated else ""
     warnings = [f"**Look at this:** {plain(text)}." for text in terms.warnings]
     return "\n\n".join([head, *warnings, bullets(lines)])

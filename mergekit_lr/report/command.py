@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.report.inputs import Input, portable
+from mergekit_lr.report.markdown import fenced
 
 # How fast and where it ran decides nothing of the result.
 _OF_THE_RUN = ("memory", "device", "threads")
@@ -15,9 +16,16 @@ _DEFAULTS = {"multiple_of": 1, "embeddings": "lora", "rest": "full", "vocab": "r
 _DEFAULTS |= {"dora": "keep", "rounding": "nearest"}
 
 
-def command(verb: str, positional: Sequence[str], options: Mapping[str, Any], inputs: Sequence[Input]) -> str:
-    """``lrmerge VERB ...`` as a shell takes it, inputs under the names that a card gives them, one option a line."""
-    lines = [shlex.join(["lrmerge", verb, *positional, "-o", "OUT"])]
+def command(
+    verb: str,
+    positional: Sequence[str],
+    options: Mapping[str, Any],
+    inputs: Sequence[Input],
+    *,
+    out: Sequence[str] = ("-o", "OUT"),
+) -> str:
+    """``lrmerge VERB ...`` as a block of Markdown, inputs under the names that a card gives them."""
+    lines = [shlex.join(["lrmerge", verb, *positional, *out])]
     for key, value in options.items():
         if key in _OF_THE_RUN or value is None or value is False or value == [] or value == {}:
             continue
@@ -32,6 +40,5 @@ def command(verb: str, positional: Sequence[str], options: Mapping[str, Any], in
             lines.append(flag)
         else:
             lines.append(shlex.join([flag, portable(str(value), inputs)]))
-    if len(lines) > 1 and sum(map(len, lines)) < 100:
-        return " ".join(lines)
-    return " \\\n    ".join(lines)
+    text = " ".join(lines) if sum(map(len, lines)) < 100 else " \\\n    ".join(lines)
+    return fenced(text, "sh")

@@ -14,6 +14,7 @@ from mergekit_lr.report.compression import AdapterReport
 from mergekit_lr.report.inputs import Input, portable, stated_hub_id
 from mergekit_lr.report.loading import loading_an_adapter, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, plain, table
+from mergekit_lr.report.quantities import size
 from mergekit_lr.report.spectrum import Spectrum
 
 
@@ -22,8 +23,8 @@ def write_adapter_card(
 ) -> None:
     """Write the card of the PEFT adapter in ``folder``. ``inputs``: the adapter, and the base where it was given."""
     source, *bases = inputs
-    base = base_of(bases[0], config=bases[0].config) if bases else named_base(report.base)
-    hub = bases[0].hub if bases else None
+    hub = bases[0].hub if bases else stated_hub_id(report.base, source.card.get("base_model"))
+    base = base_of(bases[0], config=bases[0].config) if bases else named_base(report.base, hub)
     compressed = report.verb == "compress"
     done = f"compressed to lower ranks (LoRA-Squeeze, arXiv {COMPRESS})" if compressed else "converted"
     if not compressed and report.dialect != "peft":
@@ -36,9 +37,9 @@ def write_adapter_card(
             "Limits": _limits(report),
         },
         notes=report.notes,
-        again=command(report.verb, [portable(source.ref, inputs)], dict(options), inputs),
+        again=command(report.verb, [portable(source.ref, inputs)], options, inputs),
         papers=[COMPRESS] if compressed else [],
-        base_model=[one for one in [hub or stated_hub_id(report.base)] if one],
+        base_model=[hub] if hub else [],
         relation="adapter",
         tags=["lora", "lrmerge", report.verb],
         library_name="peft",
@@ -50,8 +51,8 @@ def write_adapter_card(
 def _totals(report: AdapterReport) -> str:
     rows = [
         ["tensors", ", ".join(f"{count} {state}" for state, count in report.states.items())],
-        ["total rank", f"{report.rank_before} before, {report.total_rank} now"],
-        ["size", f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB now"],
+        ["sum of all ranks", f"{report.rank_before} before, {report.total_rank} now"],
+        ["size", f"{size(report.bytes_before)} before, {size(report.bytes_after)} now"],
         ["energy kept", f"{report.energy:.2%} of the squared norm of the adapter's change"],
         ["relative Frobenius error", f"{report.error:.4f}"],
         ["dtype of the factors", report.dtype],

@@ -14,6 +14,7 @@ from mergekit_lr.report.extraction import ExtractReport
 from mergekit_lr.report.inputs import Input, portable
 from mergekit_lr.report.loading import loading_an_adapter, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, plain, table
+from mergekit_lr.report.quantities import size
 from mergekit_lr.report.spectrum import Spectrum
 
 
@@ -52,8 +53,8 @@ def _totals(report: ExtractReport) -> str:
     states = ", ".join(f"{count} {state}" for state, count in report.states.items())
     rows = [
         ["tensors", states],
-        ["total rank", str(report.total_rank)],
-        ["size", f"{report.adapter_bytes / 1e6:.1f} MB, {share:.2%} of the fine-tune"],
+        ["sum of all ranks", str(report.total_rank)],
+        ["size", f"{size(report.adapter_bytes)}, {share:.2%} of the fine-tune"],
         ["energy kept", f"{report.energy:.2%} of the squared norm of the whole change"],
         ["relative Frobenius error", f"{report.error:.4f}"],
         ["dtype of the factors", report.dtype],
@@ -76,9 +77,7 @@ def _spectra(report: ExtractReport, folder: Path) -> list[str]:
 
 def _limits(report: ExtractReport) -> str:
     lost = 1 - report.energy
-    lines = [
-        f"{lost:.2%} of the squared norm of the change is not in it." if lost > 0 else "Nothing is lost."
-    ]
+    lines = [f"{lost:.2%} of the squared norm of the change is not in it." if lost > 0 else "Nothing is lost."]
     left_out = [other for other in report.others if other.state == "left out" and other.squared_norm > 0]
     if left_out:
         share = sum(other.squared_norm for other in left_out) / report.changed

@@ -73,11 +73,18 @@ class Input:
         return any(key.startswith("extra_gated") for key in self.card)
 
 
-def stated_hub_id(text: str | None) -> str | None:
-    """The Hub id that ``text``, of somebody's configuration, surely is; a path or a single word is none."""
+def stated_hub_id(*texts: object) -> str | None:
+    """The Hub id that the first of ``texts``, of configurations and cards, surely is.
+
+    A single word may as well be a folder of somebody's disk, and is none; a path into the Hub's cache is one.
+    """
+    return next((repo for text in texts if isinstance(text, str) and (repo := _hub_id(text))), None)
+
+
+def _hub_id(text: str) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    repo = (text or "").partition("@")[0]
+    repo = _on_hub(Path(text))[0] or text.partition("@")[0]
     if repo.count("/") != 1 or Path(repo).exists():
         return None
     try:
@@ -118,7 +125,7 @@ def stated(inputs: Sequence[Input], key: str) -> list[str]:
 
 
 def _on_hub(place: Path) -> tuple[str | None, str | None, str]:
-    """Id, revision and subfolder of a path in the Hub's cache: ``models--ORG--NAME/snapshots/REVISION/...``."""
+    """Id, revision and subfolder of a path in a Hub's cache: ``models--ORG--NAME/snapshots/REVISION/...``."""
     parts = place.parts
     for at in range(len(parts) - 1, 1, -1):
         match = _REPOSITORY.fullmatch(parts[at - 2])

@@ -37,6 +37,7 @@ _ALIKE = re.compile(
 )
 _NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|\bmnpl\b|deepfloyd|research", re.IGNORECASE)
 _NO_DERIVATIVES = re.compile(r"\bnd\b|no-?derivatives", re.IGNORECASE)
+JOIN = "-and-"  # between the names of licences that hold together
 _UNSTATED = ("", "unknown", "none", "null", "~")
 
 
@@ -80,11 +81,10 @@ def licences_of(card: Mapping[str, Any]) -> tuple[Licence, ...]:
     value = card.get("license")
     ids = [entry.strip() for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
     name, link = (card[key] if isinstance(card.get(key), str) else None for key in ("license_name", "license_link"))
-    return tuple(
-        Licence(one.lower(), *((name, link) if one.lower() == "other" else ()))
-        for one in ids
-        if one.lower() not in _UNSTATED
-    )
+    found = [one.lower() for one in ids if one.lower() not in _UNSTATED]
+    if found == ["other"] and name and JOIN in name:  # of a result that was made from several
+        return tuple(Licence(one) for one in name.split(JOIN) if one)
+    return tuple(Licence(one, name, link) if one == "other" else Licence(one) for one in found)
 
 
 def named(text: str) -> dict[str, str]:
@@ -105,14 +105,14 @@ def combine(cards: Sequence[tuple[str, Mapping[str, Any]]]) -> Combined:
     found = [(name, licences_of(card)) for name, card in cards]
     stated = {name: " and ".join(one.label for one in held) for name, held in found if held}
     unstated = tuple(name for name, held in found if not held)
-    every = list(dict.fromkeys(one for _, held in found for one in held))
+    every = list({one.label: one for _, held in found for one in held}.values())
     if not every:
         return Combined(None, stated, unstated, ())
     binding = sorted((one for one in every if one.strictness >= Strictness.SHARED_ALIKE), key=lambda one: one.label)
     if not binding:
         order = (*_FREE, *_PERMISSIVE)
         return Combined(max(every, key=lambda one: order.index(one.id)), stated, unstated, ())
-    chosen = binding[0] if len(binding) == 1 else Licence("other", "-and-".join(one.label for one in binding))
+    chosen = binding[0] if len(binding) == 1 else Licence("other", JOIN.join(one.label for one in binding))
     return Combined(chosen, stated, unstated, tuple(_warnings(every, binding)))
 
 
@@ -128,9 +128,7 @@ def _warnings(every: Sequence[Licence], binding: Sequence[Licence]) -> list[str]
     for one in binding:
         looser = sorted({other.label for other in every if other.strictness < one.strictness})
         if one.strictness is Strictness.NO_DERIVATIVES:
-            warnings.append(
-                f"{one.label} does not allow to pass on what is made from its work, as this is"
-            )
+            warnings.append(f"{one.label} does not allow to pass on what is made from its work, as this is")
         if one.strictness is Strictness.NON_COMMERCIAL and looser:
-            warnings.append(f"{one.label} allows no commercial use, though {', '.join(looser)} would: it holds for all")
+            warnings.append(f"{one.label} allows no commercial use of any of it, though {', '.join(looser)} would")
     return warnings

@@ -120,9 +120,7 @@ def loading_a_model(folder: Path) -> str:
     code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_text(THIS)})"
     text = fenced(code, "python")
     if "auto_map" in config:
-        text += (
-            "\n\nThe model brings code of its own, which transformers runs with `trust_remote_code=True` only."
-        )
+        text += "\n\nThe model brings code of its own, which transformers runs with `trust_remote_code=True` only."
     parts = [_heading("transformers", text)]
     if name.endswith(_GENERATES):
         code = (

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from mergekit_lr.errors import printable
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$#])")
+_NUMBER = re.compile(r"-?[\d.,]+(e[+-]?\d+)?%?")
 
 
 def plain(text: str) -> str:
@@ -31,10 +32,12 @@ def fenced(text: str, language: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the cells are Markdown already. Columns after the first are set flush right."""
-    rule = ["---", *("---:" for _ in header[1:])]
+    """A table; the cells are Markdown already. Columns of numbers are set flush right."""
+    held = [list(row) for row in rows]
+    numeric = [all(_NUMBER.fullmatch(row[column]) for row in held) for column in range(len(header))]
+    rule = ["---:" if right else "---" for right in numeric]
     # A pipe ends a cell even within code.
-    cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in row] for row in (header, rule, *rows))
+    cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in row] for row in (header, rule, *held))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 

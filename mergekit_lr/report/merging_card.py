@@ -12,6 +12,7 @@ from mergekit_lr.methods.registry import methods
 from mergekit_lr.report.adapter_card import WORST, base_of, named_base
 from mergekit_lr.report.card import HOME, Content, write_card
 from mergekit_lr.report.citations import PAPERS, SPACES
+from mergekit_lr.report.command import command
 from mergekit_lr.report.inputs import Input, portable, stated_hub_id
 from mergekit_lr.report.loading import library, loading_a_model, loading_an_adapter, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, fenced, table
@@ -44,14 +45,21 @@ def adapters_merged(adapters: Iterable[Opened], base: Checkpoint | None) -> list
     return found
 
 
-def write_merging_card(report: MergeReport, recipe: Mapping[str, Any], inputs: Sequence[Input], folder: Path) -> None:
-    """Write the card of the merge in ``folder``. ``recipe``: the content of its document."""
+def write_merging_card(
+    report: MergeReport,
+    recipe: Mapping[str, Any],
+    inputs: Sequence[Input],
+    folder: Path,
+    options: Mapping[str, Any],
+) -> None:
+    """Write the card of the merge in ``folder``. ``recipe``: the content of its document. ``options``: of the run."""
     adapter = report.kind == "adapter"
     given = [one for one in inputs if one.role == "base"]
-    base = base_of(given[0], config=given[0].config) if given else named_base(report.base)
-    hub = given[0].hub if given else stated_hub_id(report.base)
+    hub = given[0].hub if given else stated_hub_id(report.base, *(one.card.get("base_model") for one in inputs))
+    base = base_of(given[0], config=given[0].config) if given else named_base(report.base, hub)
     paper = methods()[report.method].paper
     space = "" if report.space == "full" else f" in the space {code(report.space)}"
+    again = command("merge", ["recipe.yaml"], options, inputs, out=("OUT",))
     text = yaml.safe_dump(_portable(recipe, inputs), sort_keys=False, allow_unicode=True)
     content = Content(
         what=f"{'A LoRA' if adapter else 'A model'} merged by the method {code(report.method)}{space} with "
@@ -64,7 +72,7 @@ def write_merging_card(report: MergeReport, recipe: Mapping[str, Any], inputs: S
             ),
         },
         notes=report.notes,
-        again=f"Save the recipe as `recipe.yaml`, then `lrmerge merge recipe.yaml OUT`:\n\n{fenced(text, 'yaml')}",
+        again=f"{fenced(text, 'yaml')}\n\nas `recipe.yaml`, then\n\n{again}",
         papers=[key for key in (paper, SPACES.get(report.space, "")) if key in PAPERS],
         base_model=[hub] if adapter and hub else [] if adapter else [one.hub for one in inputs if one.hub],
         relation="adapter" if adapter else "merge",
@@ -99,8 +107,11 @@ def _worst(report: MergeReport) -> str:
     lossless = all(error(tensor) == 0 for tensor in merged)
     worst = sorted(merged, key=lambda tensor: -tensor.norm if lossless else -error(tensor))[:WORST]
     which = "changed most" if lossless else "lost most of their change"
-    rows = [[code(t.name), f"{t.norm:.4g}", f"{error(t):.2%}", code(t.rule)] for t in worst]
-    columns = ["tensor", "norm of the change", "lost of it", "rule"]
+    columns = ["name", "norm of the change", "lost of it"]
+    rows = [[code(tensor.name), f"{tensor.norm:.4g}", f"{error(tensor):.2%}"] for tensor in worst]
+    if len({tensor.rule for tensor in merged}) > 1:
+        columns.append("rule")
+        rows = [[*row, code(tensor.rule)] for row, tensor in zip(rows, worst, strict=True)]
     return f"The {len(rows)} of {len(report.tensors)} that {which}:\n\n{table(columns, rows)}"
 
 

@@ -177,7 +177,8 @@ def write(plan: ExtractPlan, adapter: Adapter, report: ExtractReport, folder: Pa
     size = (folder / "adapter_model.safetensors").stat().st_size
     report = replace(report, adapter_bytes=size, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
     inputs = {"base": plan.base, "finetuned": plan.finetuned}
-    origins = [Input.of(role, one.ref, one.folder, config=one.config) for role, one in inputs.items()]
+    roles = (("base", plan.base), ("fine-tune", plan.finetuned))
+    origins = [Input.of(role, one.ref, one.folder, config=one.config) for role, one in roles]
     report = replace(report, notes=(*report.notes, *notes_of(origins)))
     write_extraction_card(report, origins, plan.options, folder)
     write_manifest(folder, manifest("extract", inputs, plan.options, report.to_json()))

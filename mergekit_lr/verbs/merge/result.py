@@ -71,7 +71,7 @@ def write_beside(plan: MergePlan, report: MergeReport, folder: Path, started: fl
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
     origins = models_merged(plan.sources.values())
     report = replace(report, notes=(*report.notes, *notes_of(origins)))
-    write_merging_card(report, plan.recipe.content, origins, folder)
+    write_merging_card(report, plan.recipe.content, origins, folder, plan.options)
     inputs = {ref: source.checkpoint for ref, source in plan.sources.items()}
     content = report.to_json() | {"recipe": plan.recipe.content, "loras": _loras(plan)}
     write_manifest(folder, manifest("merge", inputs, plan.options, content))
