@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.extract.plan import plan_extract
     from mergekit_lr.verbs.inspect import inspect
     from mergekit_lr.verbs.merge.verb import merge, plan_merge
+    from mergekit_lr.verbs.push import PushReport, push
 
 # Looked up when first used, so that importing the package does not import torch.
 _PLACES = {
@@ -46,6 +47,7 @@ _PLACES = {
     "LowRank": "mergekit_lr.adapter.lowrank",
     "LrmergeError": "mergekit_lr.errors",
     "MergeReport": "mergekit_lr.report.merging",
+    "PushReport": "mergekit_lr.verbs.push",
     "apply": "mergekit_lr.verbs.apply",
     "compress": "mergekit_lr.verbs.compress",
     "compare": "mergekit_lr.verbs.compare",
@@ -61,6 +63,7 @@ _PLACES = {
     "plan_convert": "mergekit_lr.verbs.convert.plan",
     "plan_extract": "mergekit_lr.verbs.extract.plan",
     "plan_merge": "mergekit_lr.verbs.merge.verb",
+    "push": "mergekit_lr.verbs.push",
 }
 __all__ = [
     "AdaptedWeight",
@@ -72,6 +75,7 @@ __all__ = [
     "LowRank",
     "LrmergeError",
     "MergeReport",
+    "PushReport",
     "apply",
     "compare",
     "compress",
@@ -87,6 +91,7 @@ __all__ = [
     "plan_convert",
     "plan_extract",
     "plan_merge",
+    "push",
 ]
 
 

@@ -17,6 +17,7 @@ from lrmerge.inspect import inspect
 from lrmerge.merge import merge
 from lrmerge.methods import methods
 from lrmerge.plan import plan
+from lrmerge.push import push
 
 app = typer.Typer(
     name="lrmerge",
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command()(apply)
 app.command()(merge)
 app.command()(plan)
+app.command()(push)
 app.command()(methods)
 app.command()(inspect)
 app.command()(compare)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lrmerge import options as opt
+from lrmerge.push import Private, PushTo, after, ready, with_push
+from lrmerge.push import show as show_push
 
 if TYPE_CHECKING:
     from mergekit_lr.report.compression import AdapterReport, ModuleChange
@@ -52,6 +54,8 @@ def compress(
     memory: opt.Memory = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
+    push: PushTo = None,
+    private: Private = None,
     overwrite: opt.Overwrite = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
@@ -92,12 +96,15 @@ def compress(
         emit_json(plan.to_json()) if as_json else _show_plan(plan, verbose=verbose)
         return
     path = out if out is not None else default_out(adapter, "-compressed", to if target is None else "peft")
+    ready(push, path)
     with progress("compress", quiet=quiet or as_json) as advance:
         report = run(adapter, path, overwrite=overwrite, progress=advance, **chosen)
+    sent = after(path, push, private=private, quiet=quiet or as_json)
     if as_json:
-        emit_json(report.to_json())
+        emit_json(with_push(report.to_json(), sent))
     elif not quiet:
         show(report, verbose=verbose)
+        show_push(sent)
 
 
 def default_out(adapter: str, ending: str, to: str | None) -> Path:

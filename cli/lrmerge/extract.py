@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lrmerge import options as opt
+from lrmerge.push import Private, PushTo, after, ready, with_push
+from lrmerge.push import show as show_push
 
 if TYPE_CHECKING:
     from mergekit_lr.report.extraction import ExtractReport
@@ -56,6 +58,8 @@ def extract(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     seed: opt.Seed = 0,
+    push: PushTo = None,
+    private: Private = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
     dry_run: opt.DryRun = False,
@@ -96,12 +100,15 @@ def extract(
         emit_json(plan.to_json()) if as_json else _show_plan(plan, verbose=verbose)
         return
     folder = out if out is not None else Path(f"{Path(finetuned.partition('@')[0]).name or 'extracted'}-lora")
+    ready(push)
     with progress("extract", quiet=quiet or as_json) as advance:
         report = run(base, finetuned, folder, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+    sent = after(folder, push, private=private, quiet=quiet or as_json)
     if as_json:
-        emit_json(report.to_json())
+        emit_json(with_push(report.to_json(), sent))
     elif not quiet:
         _show(report, verbose=verbose)
+        show_push(sent)
 
 
 def _show(report: ExtractReport, *, verbose: bool) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lrmerge import options as opt
+from lrmerge.push import Private, PushTo, after, ready, with_push
+from lrmerge.push import show as show_push
 
 if TYPE_CHECKING:
     from mergekit_lr.report.merging import MergeReport
@@ -32,6 +34,8 @@ def merge(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     seed: Seed = 0,
+    push: PushTo = None,
+    private: Private = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
     dry_run: opt.DryRun = False,
@@ -64,12 +68,16 @@ def merge(
         return
     if (place is None) == (out is None):
         raise UsageError("where to? name one folder: lrmerge merge RECIPE OUT" if out is None else "OUT is named twice")
+    folder = place or out
+    ready(push, folder)
     with progress("merge", quiet=quiet or as_json) as advance:
-        report = run(recipe, place or out, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+        report = run(recipe, folder, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+    sent = after(str(folder), push, private=private, quiet=quiet or as_json)
     if as_json:
-        emit_json(report.to_json())
+        emit_json(with_push(report.to_json(), sent))
     elif not quiet:
         _show(report, verbose=verbose)
+        show_push(sent)
 
 
 def _show(report: MergeReport, *, verbose: bool) -> None:

@@ -75,6 +75,19 @@ class Targets(_Strict):
     exclude: list[str] = []
 
 
+class Push(_Strict):
+    """Where on the Hub the result goes once it is merged; the other keys are options of ``push``."""
+
+    repo: str = Field(min_length=1)
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    collection: str | None = None
+    base_model: list[str] = []
+    overwrite: bool = False
+
+
 class Tokenizer(_Strict):
     """mergekit's ``tokenizer``."""
 
@@ -103,3 +116,4 @@ class Document(_Strict):
     space: Literal["full", "core", "knots"] = "full"
     output: Output = Output()
     targets: Targets = Targets()
+    push: str | Push | None = None

@@ -27,6 +27,7 @@ from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, plan_adapters
 from mergekit_lr.verbs.merge.adapters import merge_in_memory, merge_to_adapter, merge_to_model
 from mergekit_lr.verbs.merge.compute import Merging
 from mergekit_lr.verbs.merge.plan import MergePlan, plan_models
+from mergekit_lr.verbs.merge.push import check_push, pushed
 from mergekit_lr.verbs.merge.result import report_of, write_beside
 
 KEYS = ("model", "base_model", "adapter")  # that name a model
@@ -60,8 +61,10 @@ def merge(
         LrmergeError: a wrong recipe, bad input or a failed run; nothing is left at ``out``.
     """
     *before, last = read_recipes(recipe)
+    check_push(before, last, out)
     if not before:
-        return _merge(last, out, overwrite=overwrite, resume=resume, progress=progress, **options)
+        report = _merge(last, out, overwrite=overwrite, resume=resume, progress=progress, **options)
+        return pushed(report, last, progress)
     if out is None:
         raise UsageError("a recipe of several documents is merged on the disk: name OUT")
     parts = Path(out).with_name(f"{Path(out).name}.parts")
@@ -74,7 +77,7 @@ def merge(
         made[name] = str(folder)
     report = _merge(_with_results(last, made), out, overwrite=overwrite, resume=resume, progress=progress, **options)
     shutil.rmtree(parts)
-    return report
+    return pushed(report, last, progress)
 
 
 def plan_merge(recipe: Given, **options: Any) -> MergePlan | AdapterPlan:
