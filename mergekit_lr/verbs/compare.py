@@ -30,6 +30,7 @@ from mergekit_lr.verbs.extract.compute import seed_of
 
 SAMPLED_ROWS = 256  # of each module, for the share of opposite signs
 Matrix = tuple[tuple[float, ...], ...]
+Triplets = tuple[Tensor, Tensor, Tensor]  # U (m, k), S (k) in float64, V (n, k)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compare(adapters: Sequence[str | Path | Adapter], *, seed: int = 0) -> Compa
     if len(adapters) < 2:
         raise UsageError(f"compare needs two adapters or more, got {len(adapters)}")
     opened = [a if isinstance(a, Adapter) else open_adapter(a).adapter for a in adapters]
-    names = _names(adapters)
+    names = short_names([f"adapter {i + 1}" if isinstance(a, Adapter) else str(a) for i, a in enumerate(adapters)])
     where: dict[str, list[int]] = {}
     for index, adapter in enumerate(opened):
         for name in adapter.weights:
@@ -98,35 +99,50 @@ def compare(adapters: Sequence[str | Path | Adapter], *, seed: int = 0) -> Compa
         if len(tasks) > 1:
             deltas = [opened[t].weights[name].delta for t in tasks]
             _check_shapes(name, deltas, [names[t] for t in tasks])
-            modules.append(_module(name, tuple(tasks), deltas, seed))
+            modules.append(compare_factors(name, tasks, deltas, seed=seed))
     if not modules:
         raise MismatchError(f"{names[0]} and {names[1]} have no module in common: are they of the same base?")
     norms = torch.zeros(len(opened), dtype=torch.float64)
     for index, adapter in enumerate(opened):
         for weight in adapter.weights.values():
             norms[index] += float(weight.delta.norm().square().sum())
-    return _report(names, norms.sqrt(), modules, {n: t[0] for n, t in where.items() if len(t) == 1})
+    return summary(names, norms.sqrt(), modules, {n: t[0] for n, t in where.items() if len(t) == 1})
 
 
-def _module(name: str, tasks: tuple[int, ...], deltas: list[LowRank], seed: int) -> ModuleComparison:
+def compare_factors(name: str, tasks: Sequence[int], deltas: Sequence[LowRank], *, seed: int = 0) -> ModuleComparison:
+    """One module of several tasks, whose deltas (..., m, n) are factors."""
     flat = [d if d.A.dim() == 2 else _block_diagonal(d) for d in deltas]
-    u, s, v = zip(*(_decomposed(delta) for delta in flat), strict=True)
+    rows = sampled_rows(flat[0].shape[-2], seed_of(seed, name))
+    signs = opposite_signs([LowRank(d.A, d.B[rows], d.scaling).dense() for d in flat])
+    return compare_triplets(name, tasks, [_decomposed(delta) for delta in flat], signs)
+
+
+def compare_triplets(
+    name: str, tasks: Sequence[int], triplets: Sequence[Triplets], opposite: Tensor, *, inner: Tensor | None = None
+) -> ModuleComparison:
+    """One module from the singular triplets of each task.
+
+    opposite: the shares of opposite signs, (tasks, tasks). inner: the inner products of the deltas, (tasks, tasks);
+    without it those of the triplets, which are the same where these are all there are.
+    """
+    u, s, v = zip(*triplets, strict=True)
     # Two Grams of the joint bases hold everything but the signs.
     left, right, values = _gram(u), _gram(v), torch.cat(s)
     ranks = [len(part) for part in s]
     member = torch.block_diag(*(torch.ones(1, rank) for rank in ranks)).double()  # (tasks, all ranks)
-    inner = member @ ((values[:, None] * left) * (right * values)) @ member.mT
+    if inner is None:
+        inner = member @ ((values[:, None] * left) * (right * values)) @ member.mT
     least = torch.minimum(*torch.meshgrid(member.sum(1), member.sum(1), indexing="ij")).clamp_min(1)
     identity = torch.eye(len(values), dtype=torch.float64)
     crossed = (((left - identity) * values) @ (right - identity)).abs().sum()
     return ModuleComparison(
         name,
-        tasks,
+        tuple(tasks),
         tuple(inner.diagonal().clamp_min(0).sqrt().tolist()),
         _tuples(inner),
         _tuples(member @ left.square() @ member.mT / least),
         _tuples(member @ right.square() @ member.mT / least),
-        _tuples(_opposite_signs(flat, seed_of(seed, name))),
+        _tuples(opposite),
         float(crossed / values.sum()) if float(values.sum()) else 0.0,
     )
 
@@ -150,19 +166,22 @@ def _gram(bases: Sequence[Tensor]) -> Tensor:
     return (joint.mT @ joint).double()
 
 
-def _opposite_signs(deltas: list[LowRank], seed: int) -> Tensor:
-    """Share of entries with opposite signs on a sample of rows, (tasks, tasks)."""
-    rows = deltas[0].shape[-2]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(rows, generator=generator)[:SAMPLED_ROWS].sort().values
-    signs = torch.stack([LowRank(d.A, d.B[chosen], d.scaling).dense().sign().reshape(-1) for d in deltas])
+def sampled_rows(count: int, seed: int) -> Tensor:
+    """Which rows of ``count`` are looked at for signs."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:SAMPLED_ROWS].sort().values
+
+
+def opposite_signs(deltas: Sequence[Tensor]) -> Tensor:
+    """Share of entries with opposite signs, of those where both are non-zero, (tasks, tasks)."""
+    signs = torch.stack([delta.sign().reshape(-1) for delta in deltas])
     both = signs.abs() @ signs.abs().mT
     return torch.where(both > 0, (both - signs @ signs.mT) / (2 * both.clamp_min(1)), 0.0).double()
 
 
-def _report(
-    names: tuple[str, ...], norms: Tensor, modules: list[ModuleComparison], alone: dict[str, int]
+def summary(
+    names: tuple[str, ...], norms: Tensor, modules: Sequence[ModuleComparison], alone: dict[str, int]
 ) -> CompareReport:
+    """The comparison as a whole, from its modules; norms: of each task's whole change, (tasks), float64."""
     count = len(names)
     inner, weight = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
     sums = {key: torch.zeros(count, count, dtype=torch.float64) for key in ("output", "input", "opposite")}
@@ -207,10 +226,10 @@ def _hints(cosine: Tensor, means: dict[str, Tensor], norms: Tensor, interference
     return hints
 
 
-def _names(adapters: Sequence[str | Path | Adapter]) -> tuple[str, ...]:
+def short_names(refs: Sequence[str]) -> tuple[str, ...]:
     """A short name each: the last part of its path, made unique."""
-    short = [f"adapter {i + 1}" if isinstance(a, Adapter) else Path(str(a)).name for i, a in enumerate(adapters)]
-    return tuple(name if short.count(name) == 1 else str(adapters[i]) for i, name in enumerate(short))
+    short = [Path(ref).name for ref in refs]
+    return tuple(name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True))
 
 
 def _check_shapes(name: str, deltas: list[LowRank], names: list[str]) -> None:
