@@ -33,5 +33,5 @@ def spectrum(spectra: Iterable[Spectrum], folder: Path) -> list[str]:
     if not lines:
         return []
     (folder / FILE).write_text(spectrum_svg(lines), encoding="utf-8")
-    head = "What share of the change each rank keeps, by kind of module"
+    head = "What share of the change each rank keeps, by kind of module, those with the largest change first"
     return [f"{head}:\n\n![{head}]({FILE})\n\n{spectrum_table(lines)}"]

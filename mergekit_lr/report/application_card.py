@@ -53,7 +53,7 @@ def _totals(report: ApplyReport) -> str:
         ["norm of the whole change", f"{report.norm:.4g}"],
         ["rounding error over the change", f"{report.rounding_error:.2%} ({report.rounding} to {report.dtype})"],
     ]
-    return table(["", ""], rows)
+    return table(["figure", "value"], rows)
 
 
 def _worst(report: ApplyReport) -> str:

@@ -19,7 +19,7 @@ from mergekit_lr.report import licence
 from mergekit_lr.report.citations import bibtex
 from mergekit_lr.report.inputs import CARD, FRONT, Input, scrubbed, stated
 from mergekit_lr.report.manifest import FILE
-from mergekit_lr.report.markdown import bullets, code, fenced, plain, table
+from mergekit_lr.report.markdown import bullets, code, fenced, listed, plain, table
 
 Relation = Literal["adapter", "merge", "finetune", "quantized"]
 HOME = "https://pypi.org/project/lrmerge/"
@@ -167,7 +167,7 @@ def _terms(terms: licence.Combined) -> str:
         names = [plain(name) for name in terms.licence.label.split(licence.JOIN)]
         head = f"{names[0]}, the strictest that the inputs state."
         if len(names) > 1:
-            head = f"{', '.join(names[:-1])} and {names[-1]}, each of which sets terms for the whole."
+            head = f"{listed(names)}, each of which sets terms for the whole."
         head += " What an input that states none allows is not known." if terms.unstated else ""
     warnings = [f"**Look at this:** {plain(text)}." for text in terms.warnings]
     return "\n\n".join([head, *warnings, bullets(lines)])

@@ -57,7 +57,7 @@ def _totals(report: AdapterReport) -> str:
         ["relative Frobenius error", f"{report.error:.4f}"],
         ["dtype of the factors", report.dtype],
     ]
-    return table(["", ""], rows)
+    return table(["figure", "value"], rows)
 
 
 def _worst(report: AdapterReport) -> list[str]:

@@ -59,7 +59,7 @@ def _totals(report: ExtractReport) -> str:
         ["relative Frobenius error", f"{report.error:.4f}"],
         ["dtype of the factors", report.dtype],
     ]
-    return table(["", ""], rows)
+    return table(["figure", "value"], rows)
 
 
 def _worst(report: ExtractReport) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from mergekit_lr.report.markdown import listed
+
 
 class Strictness(IntEnum):
     """What a licence asks, the least first. From ``SHARED_ALIKE`` on its terms go on to what is made from a work."""
@@ -122,7 +124,7 @@ def _warnings(every: Sequence[Licence], binding: Sequence[Licence]) -> list[str]
     if len(binding) > 1:
         both = "both" if len(binding) == 2 else "all"
         warnings.append(
-            f"{', '.join(labels[:-1])} and {labels[-1]} {both} set terms for what is made from them: see whether they "
+            f"{listed(labels)} {both} set terms for what is made from them: see whether they "
             "can be kept together before you pass this on"
         )
     for one in binding:
@@ -130,5 +132,5 @@ def _warnings(every: Sequence[Licence], binding: Sequence[Licence]) -> list[str]
         if one.strictness is Strictness.NO_DERIVATIVES:
             warnings.append(f"{one.label} does not allow to pass on what is made from its work, as this is")
         if one.strictness is Strictness.NON_COMMERCIAL and looser:
-            warnings.append(f"{one.label} allows no commercial use of any of it, though {', '.join(looser)} would")
+            warnings.append(f"{one.label} allows no commercial use of any of it, though {listed(looser)} would")
     return warnings

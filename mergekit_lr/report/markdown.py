@@ -41,6 +41,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+def listed(items: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+
+
 def bullets(items: Iterable[str]) -> str:
     """A list; the items are Markdown already."""
     return "\n".join(f"- {item}" for item in items)

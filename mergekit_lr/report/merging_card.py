@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from mergekit_lr.report.citations import PAPERS, SPACES
 from mergekit_lr.report.command import command
 from mergekit_lr.report.inputs import Input, portable, stated_hub_id
 from mergekit_lr.report.loading import library, loading_a_model, loading_an_adapter, pipeline_tag
-from mergekit_lr.report.markdown import bullets, code, fenced, table
+from mergekit_lr.report.markdown import bullets, code, fenced, listed, table
 from mergekit_lr.report.merging import MergeReport
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def write_merging_card(
 ) -> None:
     """Write the card of the merge in ``folder``. ``recipe``: the content of its document. ``options``: of the run."""
     adapter = report.kind == "adapter"
+    inputs = [replace(one, role="base") if one.ref == report.base else one for one in inputs]
+    merged = [code(one.name) for one in inputs if one.role != "base"] or [code(one.name) for one in inputs]
     given = [one for one in inputs if one.role == "base"]
     hub = given[0].hub if given else stated_hub_id(report.base, *(one.card.get("base_model") for one in inputs))
     base = base_of(given[0], config=given[0].config) if given else named_base(report.base, hub)
@@ -63,7 +66,7 @@ def write_merging_card(
     text = yaml.safe_dump(_portable(recipe, inputs), sort_keys=False, allow_unicode=True)
     content = Content(
         what=f"{'A LoRA' if adapter else 'A model'} merged by the method {code(report.method)}{space} with "
-        f"[lrmerge]({HOME}), from {len(report.models)} {'adapters' if adapter else 'models'}.",
+        f"[lrmerge]({HOME}), from {listed(merged) if len(merged) < 7 else f'{len(merged)} inputs'}.",
         sections={
             "Load it": loading_an_adapter(folder, base) if adapter else loading_a_model(folder),
             "What changed": f"{_totals(report)}\n\n{_worst(report)}",
@@ -92,7 +95,7 @@ def _totals(report: MergeReport) -> str:
     ]
     if ranks := [tensor.rank for tensor in report.tensors if tensor.rank is not None]:
         rows.append(["rank", f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in all"])
-    return table(["", ""], rows)
+    return table(["figure", "value"], rows)
 
 
 def _states(report: MergeReport) -> str:
