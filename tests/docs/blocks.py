@@ -31,7 +31,7 @@ VARIES = [
     (re.compile(r"[▁▂▃▄▅▆▇█]"), "▄"),
     (re.compile(r"\s+"), " "),
 ]
-NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+NUMBER = re.compile(r"(?:(?<= )-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class Block(NamedTuple):
@@ -86,7 +86,7 @@ def run(command: str) -> str:
                 main()
             except SystemExit as end:
                 code = int(end.code or 0)
-    text = PROGRESS.sub("", printed.getvalue())
+    text = PROGRESS.sub("", printed.getvalue()).replace(f"{Path.cwd()}/", "")
     assert code == 0 or "error: " in text, f"{command} ended with {code}: {text}"
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
@@ -97,11 +97,10 @@ def differs(shown: str, printed: str) -> str | None:
     found, at = _plain(printed), 0
     for i, part in enumerate(wanted):
         expected = _plain(part)
-        pattern = NUMBER.sub("NUMBER", re.escape(expected)).replace("NUMBER", f"({NUMBER.pattern})")
+        pattern = f"({NUMBER.pattern})".join(map(re.escape, NUMBER.split(expected)))
         anchored = (r"\A" if i == 0 else "") + pattern + (r"\Z" if i == len(wanted) - 1 else "")
         for match in re.finditer(anchored, found[at:]):
-            numbers = [re.match(NUMBER, n) and n for n in match.groups()]
-            if all(_near(a, b) for a, b in zip(NUMBER.findall(expected), numbers, strict=True)):
+            if all(_near(a, b) for a, b in zip(NUMBER.findall(expected), match.groups(), strict=True)):
                 at += match.end()
                 break
         else:
@@ -124,9 +123,9 @@ def _near(shown: str, printed: str) -> bool:
 
 def filled(page: str) -> str:
     """The page with every console block's output as it is now, except where it has a line "..."."""
-    parts, last = [], 0
+    parts, last, names = [], 0, {"__name__": "page"}
     for block in blocks(page):
-        perform(block, {}, check=False)
+        perform(block, names, check=False)
         if block.language == "console":
             text = "".join(f"$ {step.command}\n{_kept(step)}" for step in steps(block.text))
             parts += [page[last : block.start], text]
@@ -161,4 +160,4 @@ def perform(block: Block, names: dict[str, object], *, check: bool = True) -> No
             Path(name[1]).write_text(block.text)
         case "python":
             with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(block.text, "page", "exec"), names)
+                exec(compile(block.text, "page", "exec", dont_inherit=True), names)
