@@ -17,6 +17,7 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.target import SERVERS, fit, rewrite_config
 from mergekit_lr.adapter.variants.site import as_matrix
 from mergekit_lr.checkpoint.folder import OutputFile
+from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.merging import MergedTensor, MergeReport
@@ -77,6 +78,7 @@ def report_of(plan: AdapterPlan, tensors: tuple[MergedTensor, ...], out: str | N
         seconds=time.perf_counter() - started,
         format=plan.to,
         target=plan.recipe.document.output.target,
+        similarity=plan.similarity,
     )
 
 
@@ -100,11 +102,21 @@ def write(plan: AdapterPlan, adapter: Adapter, folder: Path) -> tuple[Path, tupl
     notes: tuple[str, ...] = ()
     if target is not None:
         adapter, notes = fit(adapter, target, plan.layout)
-    layout = plan.layout if plan.layout and adapter.weights.keys() <= plan.layout.by_name.keys() else None
-    peft.save(with_axes(adapter), folder, dtype=dtype, layout=layout)
+    peft.save(with_axes(adapter), folder, dtype=dtype, layout=_written_by(plan, adapter))
     if target in SERVERS:
         rewrite_config(folder)
     return folder / PEFT_FILE, notes
+
+
+def _written_by(plan: AdapterPlan, adapter: Adapter) -> Layout | None:
+    """The base's layout, every end of a tie on its own: the sources say at which ends they change it.
+
+    None for single experts, under names that only the disk has.
+    """
+    layout = plan.layout
+    if layout is None or not adapter.weights.keys() <= layout.by_name.keys():
+        return None
+    return replace(layout, parameters=(*layout.parameters, *layout.tied), tied=(), ties={})
 
 
 def stored_dtype(plan: AdapterPlan) -> torch.dtype:
