@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.shards import Files, Header, as_in, cut_at, has_index
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.errors import UsageError
@@ -111,8 +112,12 @@ def plan_models(
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
+    given: Mapping[str, Checkpoint] | None = None,
 ) -> MergePlan:
-    """The plan of merging the ``models`` or ``slices`` of a recipe; reads headers only."""
+    """The plan of merging the ``models`` or ``slices`` of a recipe; reads headers only.
+
+    given: models in memory by the names that the recipe has for them.
+    """
     doc = recipe.document
     dtype = chosen_dtype(recipe, dtype)
     size = shard_size if shard_size is not None else doc.output.shard_size
@@ -121,7 +126,7 @@ def plan_models(
         raise recipe.place.error((), f"{recipe.method.name} merges differences from a base: base_model is missing")
     if recipe.method.base == "required" and doc.base_model is None:
         raise recipe.place.error((), f"{recipe.method.name} needs a base: base_model is missing")
-    sources = {ref: open_source(ref, device=device) for ref in recipe.references}
+    sources = {ref: open_source((given or {}).get(ref, ref), device=device) for ref in recipe.references}
     base = sources[doc.base_model] if doc.base_model else None
     slices = slices_of(recipe, sources)
     template = base or slices[0].given[0].source

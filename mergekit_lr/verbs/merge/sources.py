@@ -157,9 +157,9 @@ def open_source(ref: str | Checkpoint | Mapping[str, Tensor], *, device: str = "
     Raises:
         FormatError: a file is damaged, or its weights are quantised. MismatchError: the LoRA is another model's.
     """
-    called = ref if isinstance(ref, str) else "memory"
+    called = ref if isinstance(ref, str) else ref.ref if isinstance(ref, Checkpoint) else "memory"
     whole, plus, lora = called.rpartition("+")
-    if not plus or Path(called).expanduser().exists():
+    if not plus or not isinstance(ref, str) or Path(called).expanduser().exists():
         whole, lora = called, ""
     checkpoint = Checkpoint.open(whole if isinstance(ref, str) else ref)
     refuse_quantised(checkpoint.ref, checkpoint.tensors)
