@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_lr.adapter.adapter import Adapter
+    from mergekit_lr.verbs.compare import CompareReport
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class MergeReport:
     out: its folder, None in memory. kind: model or adapter. method: its name. models: what was merged. tensors: every
     tensor of the result, in order. states: how many are merged, copied, converted. result: the tensors themselves
     where they were asked for in memory; adapter: likewise. format: the dialect of an adapter. target: the server that
-    it was made for.
+    it was made for. similarity: of the inputs' changes, where it was asked for.
     """
 
     out: str | None
@@ -66,6 +67,7 @@ class MergeReport:
     peak_bytes: int
     seconds: float
     vocabulary: dict[str, Any] | None = None
+    similarity: CompareReport | None = None
     result: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     adapter: Adapter | None = field(default=None, repr=False, compare=False)
     format: str | None = None
@@ -86,5 +88,6 @@ class MergeReport:
         """All figures, ready for JSON."""
         fields = asdict(replace(self, tensors=(), result=None, adapter=None))
         del fields["result"], fields["adapter"]
+        fields["dialect"] = fields.pop("format")  # a manifest's "format" is its own
         fields["tensors"] = [asdict(tensor) for tensor in self.tensors]
         return {"totals": {"norm": self.norm, "rounding_error": self.rounding_error, **self.states}, **fields}

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_lr.adapter.adapter import Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.layout import Layout
@@ -21,6 +20,7 @@ from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.methods.registry import Method, find
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.adapter_source import Base, open_base
+from mergekit_lr.verbs.compare import CompareReport
 from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
 from mergekit_lr.verbs.merge.adapter_sources import Opened, open_adapters
 from mergekit_lr.verbs.merge.adapter_steps import Step, steps_of
@@ -52,6 +52,7 @@ class AdapterPlan:
     seed: int
     dtype: str | None
     options: dict[str, Any] = field(default_factory=dict)
+    similarity: CompareReport | None = None
 
     @property
     def base(self) -> Checkpoint | None:
@@ -115,14 +116,13 @@ def plan_adapters(
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
-    given: Mapping[str, Adapter] | None = None,
-    base: Checkpoint | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> AdapterPlan:
     """The plan of merging the ``adapters`` of a recipe; opens them, and the base's headers.
 
     Args:
-        recipe: with ``adapters``. given: adapters in memory, by the names that the recipe has for them. base: a base
-            in memory, in the place of the recipe's. The others as in ``merge``.
+        recipe: with ``adapters``. given: adapters in memory, and a base, by the names that the recipe has for them.
+            The others as in ``merge``.
 
     Raises:
         LrmergeError: adapters that do not go together, or a result that no adapter can hold.
@@ -135,11 +135,12 @@ def plan_adapters(
         raise UsageError(f"--shard-size {size}: an adapter is one file")
     options = {"dtype": chosen_dtype(recipe, dtype), "shard_size": size, "memory": memory, "device": device}
     options |= {"threads": threads, "seed": seed}
-    onto = open_base(base if base is not None else doc.base_model)
+    given = given or {}
+    onto = open_base(given.get(doc.base_model or "", doc.base_model))
     refs = [entry.adapter for entry in doc.adapters or ()]
     _check_count(recipe, len(refs))
     folded = kind == "model" or doc.output.dora == "fold"
-    opened = open_adapters(refs, given or {}, onto, fold=folded, fuse=kind == "model")
+    opened = open_adapters(refs, given, onto, fold=folded, fuse=kind == "model")
     every = steps_of(recipe, opened, onto)
     steps = [step for step in every if recipe.wants(step.name)]
     if not steps:

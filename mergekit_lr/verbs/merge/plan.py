@@ -20,6 +20,7 @@ from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.apply.plan import DTYPES
+from mergekit_lr.verbs.compare import CompareReport
 from mergekit_lr.verbs.merge.alignment import Alignment
 from mergekit_lr.verbs.merge.chat import chat_template
 from mergekit_lr.verbs.merge.config import merged_config, renumbered
@@ -56,6 +57,7 @@ class MergePlan:
     notes: tuple[str, ...]
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
+    similarity: CompareReport | None = None
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
 

@@ -53,6 +53,7 @@ def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float
         config=plan.config,
         notes=plan.notes,
         vocabulary=plan.vocabulary_json,
+        similarity=plan.similarity,
         read_bytes=plan.schedule.cost.read,
         written_bytes=plan.written,
         peak_bytes=peak_bytes(),

@@ -29,6 +29,7 @@ from mergekit_lr.verbs.merge.compute import Merging
 from mergekit_lr.verbs.merge.plan import MergePlan, plan_models
 from mergekit_lr.verbs.merge.push import check_push, pushed
 from mergekit_lr.verbs.merge.result import report_of, write_beside
+from mergekit_lr.verbs.merge.similarity import compare_inputs
 
 KEYS = ("model", "base_model", "adapter")  # that name a model
 Given = str | Path | Mapping[str, Any] | Recipe
@@ -41,6 +42,7 @@ def merge(
     overwrite: bool = False,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    compare_inputs: bool = False,
     **options: Any,
 ) -> MergeReport:
     """Merge what a recipe says and write the model, or the adapter.
@@ -53,6 +55,8 @@ def merge(
         progress: called with (bytes done, bytes in all, name) as batches finish.
         dtype: of the result, before what the recipe says. shard_size: cut files anew, ``"5GB"``. memory, device,
             threads: see ``resources``. seed: of methods that draw.
+        compare_inputs: also say how alike the inputs' changes are and where they interfere (``report.similarity``); it
+            reads them once more.
 
     Returns:
         What was done to every tensor by which rule; also written as ``lrmerge.json``.
@@ -63,7 +67,7 @@ def merge(
     *before, last = read_recipes(recipe)
     check_push(before, last, out)
     if not before:
-        report = _merge(last, out, overwrite=overwrite, resume=resume, progress=progress, **options)
+        report = _merge(last, out, overwrite, resume, progress, compare_inputs, **options)
         return pushed(report, last, progress)
     if out is None:
         raise UsageError("a recipe of several documents is merged on the disk: name OUT")
@@ -73,9 +77,9 @@ def merge(
         name = str(one.document.name)
         folder = parts / name
         if not (resume and folder.exists()):
-            _merge(_with_results(one, made), folder, overwrite=True, resume=resume, progress=progress, **options)
+            _merge(_with_results(one, made), folder, True, resume, progress, False, **options)
         made[name] = str(folder)
-    report = _merge(_with_results(last, made), out, overwrite=overwrite, resume=resume, progress=progress, **options)
+    report = _merge(_with_results(last, made), out, overwrite, resume, progress, compare_inputs, **options)
     shutil.rmtree(parts)
     return pushed(report, last, progress)
 
@@ -99,10 +103,10 @@ def _plan(recipe: Recipe, options: dict[str, Any]) -> MergePlan | AdapterPlan:
 def _merge(
     recipe: Recipe,
     out: str | Path | None,
-    *,
     overwrite: bool,
     resume: bool,
     progress: Callable[[Progress], None] | None,
+    compare: bool,
     **options: Any,
 ) -> MergeReport:
     started = time.perf_counter()
@@ -110,6 +114,7 @@ def _merge(
     if out is None:
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
+            plan = replace(plan, similarity=compare_inputs(plan, progress)) if compare else plan
             if isinstance(plan, AdapterPlan):
                 return merge_in_memory(plan, journal, progress, started)
             memory = MemoryOutput(plan.outputs, {})
@@ -118,6 +123,7 @@ def _merge(
     place = OutputFile if isinstance(plan, AdapterPlan) and plan.to != "peft" else OutputFolder
     with place(out, overwrite=overwrite, resume=resume, inputs=_inputs(plan)) as folder:
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)
+        plan = replace(plan, similarity=compare_inputs(plan, progress)) if compare else plan
         if isinstance(plan, MergePlan):
             report = _merge_models(plan, journal, folder, progress, started)
         elif plan.kind == "model":
