@@ -99,9 +99,14 @@ def ids(folder: Path) -> dict[str, int]:
 
 
 def expected(
-    table: str, tables: Mapping[str, Tensor], vocabularies: Mapping[str, dict[str, int]], new: dict[str, int], rows: int,
-    base: str | None, given: Mapping[str, Tensor] | None = None, forced: tuple[str, ...] = (),
-) -> dict[str, Tensor]:  # fmt: skip
+    tables: Mapping[str, Tensor],
+    vocabularies: Mapping[str, dict[str, int]],
+    new: dict[str, int],
+    rows: int,
+    base: str | None,
+    given: Mapping[str, Tensor] | None = None,
+    forced: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
     """Each model's table in the order of ``new``, row by row as it is defined; ``given``: rows that a recipe chose."""
     made = {name: torch.zeros(rows, HIDDEN) for name in tables}
     for token, at in new.items():
@@ -144,7 +149,7 @@ def test_every_row_is_by_definition(zoo, tmp_path, source, tied, method):
         assert new == old[base if source == "base" else models[1]]
     assert (HEAD in out) is not tied
     for table in (TABLE, *([] if tied else [HEAD])):
-        by_model = expected(table, tables_of(zoo, [*models, base], table), old, new, len(new), base)
+        by_model = expected(tables_of(zoo, [*models, base], table), old, new, len(new), base)
         wanted = lr.merge_tensors(
             method,
             [by_model[name] for name in models],
@@ -174,7 +179,7 @@ def test_a_token_of_two_models_without_a_base_is_averaged(zoo, order):
     out = lr.merge(made).result
     assert out is not None
     names = [*order, "base"]
-    wanted = expected(TABLE, tables_of(zoo, names), old, plan.vocabulary.chosen.ids, plan.vocabulary.rows, None)
+    wanted = expected(tables_of(zoo, names), old, plan.vocabulary.chosen.ids, plan.vocabulary.rows, None)
     close(out[TABLE], lr.merge_tensors("linear", [wanted[name] for name in names], weights=[0.3, 0.7, 1.1]))
 
 
@@ -205,7 +210,7 @@ def test_tokens_have_the_rows_that_the_recipe_says(zoo, tmp_path):
             "<newest>": torch.zeros(HIDDEN),
             "<both>": tables["math"][old["math"]["<both>"]],
         }
-        wanted = expected(table, tables, old, new, rows, "base", given, ("<call>", "<both>"))
+        wanted = expected(tables, old, new, rows, "base", given, ("<call>", "<both>"))
         for own in wanted.values():
             own[len(new) :] = own[: len(new)].mean(0)
         close(out[table], lr.merge_tensors("linear", [wanted[name] for name in models], weights=[0.3, 0.7]))
@@ -216,20 +221,16 @@ def test_tokens_have_the_rows_that_the_recipe_says(zoo, tmp_path):
 
 
 def test_rows_without_a_token_stay(zoo, tmp_path):
-    made = recipe(
-        zoo, "math-padded", "code-padded", base="base-padded", tokenizer_source="base", method="task_arithmetic"
-    )
+    names = [f"{name}-padded" for name in TEXTS]
+    made = recipe(zoo, *names[1:], base=names[0], tokenizer_source="base", method="task_arithmetic")
     report = lr.merge(made, tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")
     old = {name: ids(zoo / name) for name in TEXTS}
     assert out[TABLE].shape[0] == 64 == report.config["vocab_size"]
     assert any("rows have no token" in note and "pad_to_multiple_of: 1" in note for note in report.notes)
-    tables = tables_of(zoo, [f"{name}-padded" for name in TEXTS])
     top = max(len(vocabulary) for vocabulary in old.values())  # from here on no tokenizer has a token
-    change = 0.3 * (tables["math-padded"] - tables["base-padded"]) + 0.7 * (
-        tables["code-padded"] - tables["base-padded"]
-    )
-    close(out[TABLE][top:], (tables["base-padded"] + change)[top:])
+    base, one, two = (table[top:] for table in tables_of(zoo, names).values())
+    close(out[TABLE][top:], base + 0.3 * (one - base) + 0.7 * (two - base))
     cut = lr.merge(made | {"tokenizer_source": None, "tokenizer": {"source": "base", "pad_to_multiple_of": 1}}).result
     assert cut is not None
     count = len(old["base"])
@@ -241,12 +242,14 @@ def test_one_vocabulary_changes_nothing(zoo, tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         model(tmp_path / name, bpe(TEXTS["base"], ADDED["base"]), seed=seed, rows=64)
     plain = recipe(tmp_path, "one", "two", base="one")
-    reports = [lr.merge(plain), *(lr.merge(plain | {"tokenizer_source": name}) for name in ("base", "union"))]
-    assert all(report.vocabulary == reports[1].vocabulary | {"tokenizer": report.vocabulary["tokenizer"]}
-               for report in reports[1:])  # fmt: skip
-    assert reports[1].vocabulary["tensors"] == {}
-    for report in reports[1:]:
-        assert all(torch.equal(tensor, reports[0].result[name]) for name, tensor in report.result.items())
+    before = lr.merge(plain).result
+    assert before is not None
+    for asked in ("base", "union"):
+        report = lr.merge(plain | {"tokenizer_source": asked})
+        assert report.vocabulary is not None
+        assert report.vocabulary["tensors"] == {}
+        assert report.result is not None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in report.result.items())
 
 
 def test_a_model_with_a_head_unties_one_without(zoo, tmp_path):
@@ -254,15 +257,13 @@ def test_a_model_with_a_head_unties_one_without(zoo, tmp_path):
     out, new = load_file(tmp_path / "out" / "model.safetensors"), ids(tmp_path / "out")
     assert report.config["tie_word_embeddings"] is False
     old = {name: ids(zoo / name) for name in ("math", "base-tied")}
-    wanted = expected(HEAD, tables_of(zoo, ["math", "base-tied"], HEAD), old, new, len(new), "base-tied")
+    wanted = expected(tables_of(zoo, ["math", "base-tied"], HEAD), old, new, len(new), "base-tied")
     close(out[HEAD], wanted["math"])
 
 
 def test_slices_take_each_table_from_its_end(zoo, tmp_path):
-    slices = [
-        [{"model": str(zoo / "math"), "layer_range": [0, 1]}],
-        [{"model": str(zoo / "code"), "layer_range": [1, 2]}],
-    ]
+    ends = {"math": [0, 1], "code": [1, 2]}
+    slices = [[{"model": str(zoo / name), "layer_range": layers}] for name, layers in ends.items()]
     made = {"version": 1, "merge_method": "passthrough", "slices": [{"sources": s} for s in slices]}
     report = lr.merge(made | {"tokenizer_source": "union"}, tmp_path / "out")
     assert {t.name: t.state for t in report.tensors if t.name in (TABLE, HEAD, NORM)} == {
@@ -270,7 +271,7 @@ def test_slices_take_each_table_from_its_end(zoo, tmp_path):
     }  # fmt: skip
     out, new = load_file(tmp_path / "out" / "model.safetensors"), ids(tmp_path / "out")
     for table, name in ((TABLE, "math"), (HEAD, "code")):
-        wanted = expected(table, tables_of(zoo, [name], table), {name: ids(zoo / name)}, new, len(new), None)
+        wanted = expected(tables_of(zoo, [name], table), {name: ids(zoo / name)}, new, len(new), None)
         assert torch.equal(out[table], wanted[name])
 
 
@@ -280,7 +281,7 @@ def test_tables_that_are_not_merged_are_aligned(zoo):
     assert report.states["aligned"] == 2
     old = {name: ids(zoo / name) for name in TEXTS}
     new = plan.vocabulary.chosen.ids
-    wanted = expected(TABLE, tables_of(zoo, list(TEXTS)), old, new, len(new), "base")
+    wanted = expected(tables_of(zoo, list(TEXTS)), old, new, len(new), "base")
     assert report.result is not None
     assert torch.equal(report.result[TABLE], wanted["base"])
 
@@ -296,7 +297,7 @@ def test_dtypes_that_differ_are_merged_in_the_widest(zoo, tmp_path):
     out, new = lr.merge(made).result, plan_merge(made).vocabulary.chosen.ids
     tables = {"base": tables_of(zoo, ["base"])["base"], "half": tensors[TABLE].bfloat16().float()}
     old = {"base": ids(zoo / "base"), "half": ids(tmp_path / "half")}
-    wanted = expected(TABLE, tables, old, new, len(new), "base")
+    wanted = expected(tables, old, new, len(new), "base")
     assert out is not None
     close(out[TABLE], lr.merge_tensors("linear", list(wanted.values()), weights=[0.3, 0.7]))
 
@@ -415,11 +416,11 @@ def test_a_model_without_a_tokenizer_is_taken_to_have_the_first_ones(zoo, tmp_pa
     old = {name: ids(zoo / name) for name in ("base", "math")}
     own = load_file(tmp_path / "bare" / "model.safetensors")[TABLE]
     tables = tables_of(zoo, ["math", "base"])
-    wanted = expected(TABLE, tables, old, old["base"], rows, "base")
+    wanted = expected(tables, old, old["base"], rows, "base")
     close(report.result[TABLE], lr.merge_tensors("linear", [wanted["math"], own], weights=[0.3, 0.7]))
     model(tmp_path / "odd", None, seed=4, rows=rows + 3)
     made["models"][-1]["model"] = str(tmp_path / "odd")
-    with pytest.raises(LrmergeError, match="no tokenizer.json, and"):
+    with pytest.raises(LrmergeError, match="put its tokenizer beside it"):
         lr.merge(made)
 
 
@@ -438,9 +439,8 @@ def test_what_cannot_be_done_is_one_line(zoo, tmp_path):
     line("math", code=2, words=("at least 1",), tokenizer={"source": "base", "pad_to_multiple_of": 0})
     (tmp_path / "broken").mkdir()
     for file in (zoo / "math").iterdir():
-        (tmp_path / "broken" / file.name).write_bytes(
-            file.read_bytes()[: 100 if file.name == "tokenizer.json" else None]
-        )
+        end = 100 if file.name == "tokenizer.json" else None
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes()[:end])
     line(str(tmp_path / "broken"), code=1, words=("cannot read its tokenizer",), tokenizer_source="union")
     with patch.dict(sys.modules, {"transformers": None}):
         line("math", code=2, words=("transformers", "pip install"), tokenizer_source="union")
