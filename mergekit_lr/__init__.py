@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.extract import extract
     from mergekit_lr.verbs.extract.plan import plan_extract
     from mergekit_lr.verbs.inspect import inspect
+    from mergekit_lr.verbs.merge.in_memory import merge_adapters, merge_state_dicts
     from mergekit_lr.verbs.merge.verb import merge, plan_merge
+    from mergekit_lr.verbs.report import write_report
     from mergekit_lr.verbs.push import PushReport, push
 
 # Looked up when first used, so that importing the package does not import torch.
@@ -55,6 +57,8 @@ _PLACES = {
     "extract": "mergekit_lr.verbs.extract",
     "inspect": "mergekit_lr.verbs.inspect",
     "merge": "mergekit_lr.verbs.merge",
+    "merge_adapters": "mergekit_lr.verbs.merge.in_memory",
+    "merge_state_dicts": "mergekit_lr.verbs.merge.in_memory",
     "merge_tensors": "mergekit_lr.methods.merge_tensors",
     "methods": "mergekit_lr.methods.registry",
     "open_adapter": "mergekit_lr.adapter.open",
@@ -64,6 +68,7 @@ _PLACES = {
     "plan_extract": "mergekit_lr.verbs.extract.plan",
     "plan_merge": "mergekit_lr.verbs.merge.verb",
     "push": "mergekit_lr.verbs.push",
+    "write_report": "mergekit_lr.verbs.report",
 }
 __all__ = [
     "AdaptedWeight",
@@ -83,6 +88,8 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "merge_adapters",
+    "merge_state_dicts",
     "merge_tensors",
     "methods",
     "open_adapter",
@@ -92,6 +99,7 @@ __all__ = [
     "plan_extract",
     "plan_merge",
     "push",
+    "write_report",
 ]
 
 
