@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import planted
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -139,6 +140,7 @@ def lrmerge(*arguments: object) -> Outcome:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
+    planted.refuse(out.getvalue(), err.getvalue())
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
