@@ -66,7 +66,7 @@ def _blas() -> str:
 
 
 def _hub() -> str:
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants, errors, get_token
 
     where = f"endpoint {constants.ENDPOINT}, cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
@@ -75,5 +75,5 @@ def _hub() -> str:
         return f"not logged in (hf auth login); {where}"
     try:
         return f"logged in as {HfApi().whoami()['name']}; {where}"
-    except OSError as error:  # every error of the client is one
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         return f"a token is set, but the Hub did not confirm it ({type(error).__name__}); {where}"
