@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.inspect import inspect
     from mergekit_lr.verbs.merge.in_memory import merge_adapters, merge_state_dicts
     from mergekit_lr.verbs.merge.verb import merge, plan_merge
-    from mergekit_lr.verbs.report import write_report
     from mergekit_lr.verbs.push import PushReport, push
+    from mergekit_lr.verbs.report import write_report
 
 # Looked up when first used, so that importing the package does not import torch.
 _PLACES = {

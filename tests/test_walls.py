@@ -5,7 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = ("peft", "transformers", "diffusers", "accelerate", "cupy", "matplotlib", "ray", "triton")
+OPTIONAL = (
+    "peft",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "cupy",
+    "matplotlib",
+    "altair",
+    "vl_convert",
+    "ray",
+    "triton",
+)
 
 WITHOUT_OPTIONAL = f"""
 import sys

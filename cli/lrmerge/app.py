@@ -18,6 +18,7 @@ from lrmerge.merge import merge
 from lrmerge.methods import methods
 from lrmerge.plan import plan
 from lrmerge.push import push
+from lrmerge.report import report
 
 app = typer.Typer(
     name="lrmerge",
@@ -36,6 +37,7 @@ app.command()(push)
 app.command()(methods)
 app.command()(inspect)
 app.command()(compare)
+app.command()(report)
 app.command()(doctor)
 
 

@@ -25,15 +25,24 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Write the heat maps as .png, .svg or .pdf.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page with all figures.")
+    ] = None,
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Compare adapters: cosine, shared directions, sign conflict and interference, from their factors alone."""
     from lrmerge.console import emit_json, err
+    from lrmerge.report import write_page
     from mergekit_lr.verbs.compare import compare as run
+    from mergekit_lr.verbs.report import check_libraries
 
+    if page is not None:
+        check_libraries()
     report = run(adapters, seed=seed)
+    if page is not None:
+        write_page(report, page)
     if plot is not None:
         from mergekit_lr.report.heatmaps import draw_comparison
 

@@ -57,6 +57,7 @@ def compress(
     push: PushTo = None,
     private: Private = None,
     overwrite: opt.Overwrite = False,
+    page: opt.Page = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -68,8 +69,10 @@ def compress(
     stay as they are, byte for byte.
     """
     from lrmerge.console import emit_json, progress
+    from lrmerge.report import write_page
     from mergekit_lr.verbs.compress import compress as run
     from mergekit_lr.verbs.compress.plan import plan_compress
+    from mergekit_lr.verbs.report import check_libraries
 
     chosen = {
         "rank": opt.rank_of(rank),
@@ -97,8 +100,12 @@ def compress(
         return
     path = out if out is not None else default_out(adapter, "-compressed", to if target is None else "peft")
     ready(push, path)
+    if page:
+        check_libraries()
     with progress("compress", quiet=quiet or as_json) as advance:
         report = run(adapter, path, overwrite=overwrite, progress=advance, **chosen)
+    if page:
+        write_page(path)
     sent = after(path, push, private=private, quiet=quiet or as_json)
     if as_json:
         emit_json(with_push(report.to_json(), sent))

@@ -62,6 +62,7 @@ def extract(
     private: Private = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
+    page: opt.Page = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -73,8 +74,10 @@ def extract(
     and lost is reported per module.
     """
     from lrmerge.console import emit_json, progress
+    from lrmerge.report import write_page
     from mergekit_lr.verbs.extract import extract as run
     from mergekit_lr.verbs.extract.plan import plan_extract
+    from mergekit_lr.verbs.report import check_libraries
 
     chosen = {
         "rank": opt.rank_of(rank),
@@ -101,8 +104,12 @@ def extract(
         return
     folder = out if out is not None else Path(f"{Path(finetuned.partition('@')[0]).name or 'extracted'}-lora")
     ready(push)
+    if page:
+        check_libraries()
     with progress("extract", quiet=quiet or as_json) as advance:
         report = run(base, finetuned, folder, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+    if page:
+        write_page(folder)
     sent = after(folder, push, private=private, quiet=quiet or as_json)
     if as_json:
         emit_json(with_push(report.to_json(), sent))

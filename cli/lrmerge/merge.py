@@ -38,6 +38,7 @@ def merge(
     private: Private = None,
     overwrite: opt.Overwrite = False,
     resume: opt.Resume = False,
+    page: opt.Page = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -50,9 +51,11 @@ def merge(
     """
     from lrmerge.console import emit_json, progress
     from lrmerge.plan import show
+    from lrmerge.report import write_page
     from mergekit_lr.errors import UsageError
     from mergekit_lr.verbs.merge import merge as run
     from mergekit_lr.verbs.merge.verb import plan_merge
+    from mergekit_lr.verbs.report import check_libraries
 
     chosen = {
         "dtype": dtype,
@@ -70,8 +73,14 @@ def merge(
         raise UsageError("where to? name one folder: lrmerge merge RECIPE OUT" if out is None else "OUT is named twice")
     folder = place or out
     ready(push, folder)
+    if page:
+        check_libraries()
     with progress("merge", quiet=quiet or as_json) as advance:
-        report = run(recipe, folder, overwrite=overwrite, resume=resume, progress=advance, **chosen)
+        report = run(
+            recipe, folder, overwrite=overwrite, resume=resume, progress=advance, compare_inputs=page, **chosen
+        )
+    if page:
+        write_page(folder)
     sent = after(str(folder), push, private=private, quiet=quiet or as_json)
     if as_json:
         emit_json(with_push(report.to_json(), sent))

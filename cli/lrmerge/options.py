@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at OUT.")]
+Page = Annotated[bool, typer.Option("--report", help="Also write a page about the result, OUT/report.html.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan from headers alone, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,18 +24,19 @@ def report(
 
     It is read from the manifest alone, needs no network, and every figure is there as a table too.
     """
-    from lrmerge.console import emit_json
+    from lrmerge.console import emit_json, headline, size
     from mergekit_lr.verbs.report import write_report
 
     page = write_report(result, out)
     if as_json:
         emit_json(page.to_json())
     elif not quiet:
-        told(page.path, page.nbytes)
+        headline(page.path, f"{size(page.nbytes)}, opens in any browser")
 
 
-def told(path: str, nbytes: int) -> None:
-    """Say where the page is."""
-    from lrmerge.console import headline, size
+def write_page(result: Any, out: Path | None = None) -> None:
+    """The page that another command's ``--report`` asks for; where it is goes to stderr."""
+    from lrmerge.console import err
+    from mergekit_lr.verbs.report import write_report
 
-    headline(path, f"{size(nbytes)}, opens in any browser")
+    err.print(f"wrote {write_report(result, out).path}", soft_wrap=True)

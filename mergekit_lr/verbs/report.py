@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.compare import CompareReport
 
 PAGE = "report.html"
+LIBRARIES = ("altair", "vl_convert", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,11 @@ def write_report(result: str | Path | CompareReport, out: str | Path | None = No
         UsageError: no manifest, the drawing libraries are missing, or ``out`` cannot be written.
         FormatError: the manifest is damaged.
     """
-    try:
-        from mergekit_lr.report.page.content import content_of
-        from mergekit_lr.report.page.html import page
-        from mergekit_lr.report.page.manifests import Comparison, read
-        from mergekit_lr.report.page.sections import sections_of
-    except ImportError as error:
-        raise UsageError(f"reports need {error.name}: pip install 'lrmerge[plot]'") from None
+    check_libraries()
+    from mergekit_lr.report.page.content import content_of
+    from mergekit_lr.report.page.html import page
+    from mergekit_lr.report.page.manifests import Comparison, read
+    from mergekit_lr.report.page.sections import sections_of
 
     if isinstance(result, (str, Path)):
         source = Path(result).expanduser()
@@ -73,6 +73,17 @@ def write_report(result: str | Path | CompareReport, out: str | Path | None = No
         raise UsageError(f"{target}: cannot be written ({error.strerror}); choose another --out") from None
     figures = {figure.id: figure.marks for section in sections for figure in section.figures}
     return PageReport(str(target), content.verb, target.stat().st_size, figures)
+
+
+def check_libraries() -> None:
+    """Whether a page can be made: to be asked before a long run, not after it.
+
+    Raises:
+        UsageError: a library for drawing is not installed.
+    """
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"reports need {' and '.join(missing)}: pip install 'lrmerge[plot]'")
 
 
 def _target(source: Path, out: str | Path | None) -> Path:

@@ -1,7 +1,7 @@
 """Energy against rank: how much of a change the first r singular directions hold.
 
-For one module it is sum(s_1^2 ... s_r^2) / ||delta||^2; for many, sums over sums, each cut to rank r. Where fewer than r
-singular values are known (an adapter of lower rank) those that are known count, so a curve ends flat: it is what the
+For one module it is sum(s_1^2 ... s_r^2) / ||delta||^2; for many, sums over sums, each cut to rank r. Where fewer than
+r singular values are known (an adapter of lower rank) those that are known count, so a curve ends flat: it is what the
 result would keep if no module had a rank above r.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-from mergekit_lr.errors import UsageError, printable
+from mergekit_lr.errors import printable
 from mergekit_lr.report.page.content import Content
 from mergekit_lr.report.page.sections import Section
 
@@ -17,11 +17,7 @@ PARTS = files("mergekit_lr.report.page")
 
 
 def page(content: Content, sections: Sequence[Section]) -> str:
-    """The HTML text. Everything in it that comes from a file is escaped.
-
-    Raises:
-        UsageError: the drawing libraries are not installed.
-    """
+    """The HTML text. Everything in it that comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -58,8 +54,6 @@ def _part(name: str) -> str:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script."""
-    try:
-        from vl_convert import javascript_bundle
-    except ImportError:
-        raise UsageError("reports need Altair and vl-convert: pip install 'lrmerge[plot]'") from None
+    from vl_convert import javascript_bundle
+
     return javascript_bundle("window.vegaEmbed = vegaEmbed;")

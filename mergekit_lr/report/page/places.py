@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-OUTSIDE = "–"  # the layer of what is in none: embeddings, heads
+OUTSIDE = "-"  # the layer of what is in none: embeddings, heads
 
 
 class Place(NamedTuple):
