@@ -85,7 +85,7 @@ class AdapterMerging:
 
     def _value(self, step: Step, given: list[Any]) -> Done:
         """A value: the base's, changed by the merged differences from it; without a base the weighted mean."""
-        stored = next(one.dtype for one in given if one is not None)
+        stored = next((one.dtype for one in step.given if isinstance(one, Tensor)), torch.float32)
         values = [None if one is None else self._matrix(step, one) for one in given]
         if step.averaged:
             weights = step.arguments.get("weights", 1.0)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -142,15 +143,19 @@ def _difference(one: Opened, name: str, kind: Kind | None) -> Given:
 
 def _values(opened: Sequence[Opened], base: Base | None) -> Iterable[Step]:
     """Tensors in full, token rows and DoRA's magnitudes."""
-    for name in dict.fromkeys(name for one in opened for name in one.adapter.saved):
+    full = list(dict.fromkeys(name for one in opened for name in one.adapter.saved))
+    for name in full:
         parameter = _known(opened, base, name)
-        values = [one.adapter.saved.get(name) for one in opened]
-        shape = next(tuple(value.shape) for value in values if value is not None)
+        shape = next(tuple(one.adapter.saved[name].shape) for one in opened if name in one.adapter.saved)
         # A table of another length than the base's has no values there to differ from.
         origin = parameter if parameter is not None and tuple(parameter.shape) == shape else None
+        values = tuple(_in_full(one, name, base, origin) for one in opened)
+        if origin is None and all(name in one.adapter.weights for one in opened if name in one.adapter.saved):
+            copy = next(value for value in values if value is not None)  # PEFT saves a table along with its factors
+            values = tuple(copy if value is None else value for value in values)
         kind = parameter.kind if parameter is not None else Kind.OTHER
-        yield _value(opened, Step(name, "saved", kind, shape, shape, tuple(values), {}, origin))
-    for name in dict.fromkeys(name for one in opened for name in one.adapter.token_rows):
+        yield _value(opened, Step(name, "saved", kind, shape, shape, values, {}, origin))
+    for name in dict.fromkeys(name for one in opened for name in one.adapter.token_rows if name not in full):
         yield _table(opened, base, name)
     weights = [one.adapter.weights for one in opened]
     for name in dict.fromkeys(n for own in weights for n, weight in own.items() if weight.magnitude is not None):
@@ -179,19 +184,29 @@ def row_lengths(matrix: Tensor, delta: LowRank | None = None) -> Tensor:
     return changed.double().square().sum(1).sqrt().float()
 
 
+def _in_full(one: Opened, name: str, base: Base | None, origin: Parameter | None) -> Tensor | Made | None:
+    """An adapter's replacement of a tensor; of one that trains rows of it, the base's with those rows."""
+    if name in one.adapter.saved:
+        return one.adapter.saved[name]
+    if name not in one.adapter.token_rows or base is None or origin is None:
+        return None
+    return partial(_with_rows, base, origin, *one.adapter.token_rows[name])
+
+
+def _with_rows(base: Base, table: Parameter, indices: Sequence[int], rows: Tensor) -> Tensor:
+    """The base's table with some rows replaced, in float32."""
+    return base.read(table).float().index_copy(0, torch.tensor(indices), rows.float())
+
+
 def _table(opened: Sequence[Opened], base: Base | None, name: str) -> Step:
     """Token rows: all that any adapter trained; without a base all must have trained the same."""
     parameter = _known(opened, base, name)
     held = [one.adapter.token_rows.get(name) for one in opened]
     lead = next(own for own in held if own is not None)
     rows = tuple(sorted({row for own in held if own is not None for row in own[0]}))
-    given = tuple(_spread(own, rows, base, parameter) if own else None for own in held)
+    given = tuple(_among(own, rows, base, parameter) if own else None for own in held)
     for one, values in zip(opened, given, strict=True):
-        if name in one.adapter.saved:
-            raise MismatchError(
-                f"{name}: {one.ref} saves it in full, another adapter trains rows of it; merge them apart"
-            )
-        if parameter is None and not isinstance(values, Tensor):
+        if parameter is None and values is None:
             raise MismatchError(
                 f"{name}: {one.ref} does not train all of its token rows that others do; give base_model, whose rows "
                 "then count for those missing"
@@ -200,21 +215,16 @@ def _table(opened: Sequence[Opened], base: Base | None, name: str) -> Step:
     return Step(name, "rows", Kind.EMBEDDING, shape, (len(rows), lead[1].shape[1]), given, {}, parameter, rows)
 
 
-def _spread(
-    own: tuple[list[int], Tensor], rows: tuple[int, ...], base: Base | None, parameter: Parameter | None
+def _among(
+    own: tuple[list[int], Tensor], rows: tuple[int, ...], base: Base | None, table: Parameter | None
 ) -> Tensor | Made | None:
     """An adapter's rows at their places among all ``rows``, between the base's where it has not trained all."""
     indices, values = own
     if set(indices) == set(rows):
         return values[[indices.index(row) for row in rows]]
-    if base is None or parameter is None:
+    if base is None or table is None:
         return None
-
-    def between() -> Tensor:
-        table = base.read(parameter)[list(rows)].float()
-        return table.index_copy(0, torch.tensor([rows.index(row) for row in indices]), values.float())
-
-    return between
+    return lambda: _with_rows(base, table, indices, values)[list(rows)]
 
 
 def _value(opened: Sequence[Opened], step: Step) -> Step:
