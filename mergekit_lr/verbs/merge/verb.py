@@ -31,7 +31,7 @@ from mergekit_lr.verbs.merge.push import check_push, pushed
 from mergekit_lr.verbs.merge.result import report_of, write_beside
 from mergekit_lr.verbs.merge.similarity import compare_inputs
 
-KEYS = ("model", "base_model", "adapter")  # that name a model
+KEYS = ("model", "base_model", "adapter", "tokenizer_source", "source", "chat_template")  # that name a model
 Given = str | Path | Mapping[str, Any] | Recipe
 
 
