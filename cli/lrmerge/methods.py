@@ -40,6 +40,7 @@ def methods(
 ) -> None:
     """List the merge methods, or explain one: what it does, its paper, its parameters with their defaults."""
     from lrmerge.console import emit_json, out, table, word
+    from mergekit_lr.methods.explanation import explain
     from mergekit_lr.methods.registry import find
     from mergekit_lr.methods.registry import methods as known
 
@@ -57,7 +58,7 @@ def methods(
         rows = table(word("method"), word("merges"), word("paper"), text("what it does"))
         for key, method in found.items():
             paper = "doi" if "/" in method.paper else method.paper
-            rows.add_row(key, method.takes, paper, method.description)
+            rows.add_row(key, method.takes, paper, explain(method).summary)
         out.print(rows)
 
 

@@ -29,6 +29,6 @@ def passthrough(models: Sequence[Delta], /, *, scale: PerModel = 1.0) -> Delta:
         O(m n), a copy. An adapter stays factors.
 
     Example:
-        {scale: 1.0}
+        {scale: 0.5}
     """
     return scaled(models[0], scale[0])
