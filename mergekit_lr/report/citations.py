@@ -114,11 +114,6 @@ PAPERS = {
         "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Bo Du, Dacheng Tao",
         2025,
     ),
-    "2502.04700": Paper(
-        "EigenLoRAx: Recycling Adapters to Find Principal Subspaces for Resource-Efficient Adaptation and Inference",
-        "Prakhar Kaushik, Ankit Vaidya, Shravan Chaudhari, Alan Yuille",
-        2025,
-    ),
     "2502.04959": Paper(
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         "Daniel Marczak, Simone Magistri, Sebastian Cygert, Bartłomiej Twardowski, Andrew D. Bagdanov, "
