@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -38,6 +39,8 @@ def served(tmp_path, monkeypatch: pytest.MonkeyPatch, waits) -> Iterator[Hub]:
     """
     from huggingface_hub import close_session, constants
 
+    # The client uploads by a deprecated argument of its HTTP library.
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
     with hub({}, token=planted.marker()) as running:
         settings = {
             "ENDPOINT": running.endpoint,

@@ -70,7 +70,7 @@ class Hub:
     commits: list[dict] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     revoked: set[str] = field(default_factory=set)
-    chunk: int = 16_384
+    chunk: int = 4096
     readonly: bool = False
     down: bool = False
 
