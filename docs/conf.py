@@ -1,6 +1,6 @@
 """Sphinx builds these pages: Markdown by MyST, the API reference from docstrings, formulas as MathML, all offline.
 
-    make docs        every warning is an error; the pages land in build/docs
+make docs        every warning is an error; the pages land in build/docs
 """
 
 from __future__ import annotations

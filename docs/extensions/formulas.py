@@ -14,10 +14,11 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
-GREEK = "alpha beta gamma delta epsilon lambda rho sigma tau".split()
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "lambda", "rho", "sigma", "tau")
 FUNCTIONS = (
-    "angle argmin clusters cos count diag floor inner KL max mean median min polar rank sgn sin softmax".split()
-)
+    "angle", "argmin", "cos", "count", "diag", "floor", "inner", "KL", "max", "mean", "median", "min", "polar", "rank",
+    "sgn", "sin", "softmax",
+)  # fmt: skip
 SIGNS = {
     "<-": r"\leftarrow ", ">=": r"\ge ", "!=": r"\ne ", "||": r"\Vert ", "|": r"\vert ", "*": r"\, ", "...": r"\ldots ",
     "sum": r"\sum ", "sqrt": r"\sqrt ", "'": "'", "<": r"\langle ", ">": r"\rangle ",

@@ -42,7 +42,7 @@ def method_table() -> str:
     """All methods in one table."""
     rows = ["| method | does | merges |", "|---|---|---|"]
     rows += [
-        f"| [{name}](methods/{name}.md) | {_escaped(method.description)} | {method.takes} |"
+        f"| [{name}](methods/{name}.md) | {_escaped(explain(method).summary)} | {method.takes} |"
         for name, method in methods().items()
     ]
     return "\n".join(rows) + "\n"

@@ -39,6 +39,12 @@ LEFT_OUT = {
     ApplyReport: {"tensors"},
     MergeReport: {"result", "adapter"},
 }
+RENAMED = {MergeReport: {"format": "dialect"}}
+IMPORTED = {
+    "Tensor": Any,
+    "Adapter": Any,
+    "CompareReport": CompareReport,
+}  # for type checkers alone, where they are used
 ADDED = {
     ModuleFigures: ("energy", "error"),
     ModuleChange: ("energy", "error"),
@@ -57,9 +63,10 @@ WORST = {"type": ["string", "null"], "description": "The module with the largest
 
 def of(report: Any) -> Schema:
     """The schema of a dataclass: its fields, what ``to_json`` adds, and no other key."""
-    said, hints = _said(report.__doc__ or ""), get_type_hints(report, localns={"Tensor": Any, "Adapter": Any})
+    said, hints = _said(report.__doc__ or ""), get_type_hints(report, localns=IMPORTED)
     names = [field.name for field in fields(report) if field.name not in LEFT_OUT.get(report, set())]
-    keys = {name: _typed(hints[name]) | _description(said.get(name, "")) for name in names}
+    called = RENAMED.get(report, {})
+    keys = {called.get(name, name): _typed(hints[name]) | _description(said.get(name, "")) for name in names}
     keys |= {name: _property(report, name) for name in ADDED.get(report, ())}
     if report is ModuleView:
         keys["rank_99"] = {"type": "integer"} | _description(ModuleView.rank_for.__doc__ or "")
@@ -95,10 +102,14 @@ def plan() -> Schema:
         "device": word | {"description": "cpu, or the accelerator."},
         "files": counts | {"description": "Of a model: the files of the result with their bytes."},
         "notes": words | {"description": "What a user should know."},
+        "vocabulary": {
+            "type": ["object", "null"],
+            "description": "Where the recipe asks for one: which rows come whence.",
+        },
         "states": counts | {"description": "How many tensors end in which state."},
         "tensors": {"type": "array", "items": tensor, "description": "Every tensor with its state and rule."},
     }
-    return _closed(keys, optional=("to", "space", "base", "written_bytes", "files"))
+    return _closed(keys, optional=("to", "space", "base", "written_bytes", "files", "vocabulary"))
 
 
 def doctor() -> Schema:
@@ -193,7 +204,8 @@ def _typed(hint: Any) -> Schema:
     if origin is Literal:
         return {"enum": list(inner), "type": "string"}
     if origin in (Union, UnionType):
-        return {"type": [_typed(one)["type"] for one in inner]}
+        each = [_typed(one) for one in inner]
+        return each[0] | {"type": [one["type"] for one in each]}
     raise TypeError(f"{hint} has no schema")
 
 

@@ -1,7 +1,7 @@
 """The fenced blocks of a page: reading them, running them, and comparing what they print with what the page shows.
 
     ```console   lines "$ command" with what they print; a line "..." stands for any lines
-    ```sh        commands without output; those of this program are run, others are for the reader
+    ```sh, ```   commands without output; those of this program are run, others are for the reader
     ```yaml      a file, if its first line is a comment with the name of one
     ```python    run, all of a page in one namespace
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 WIDTH = 100
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = re.compile(r"^\s*(?:\$ )?lrmerge ")
 PROGRESS = re.compile(r"^[\w ]+: \d+% of .*\n", re.MULTILINE)
 VARIES = [
@@ -47,6 +47,12 @@ def blocks(page: str) -> Iterator[Block]:
     """The fenced blocks of a page, in order."""
     for match in FENCE.finditer(page):
         yield Block(match[1], match[2], match.start(2), match.end(2))
+
+
+def commands(text: str) -> list[str]:
+    """The commands of this program in a block, each on one line and without its comment."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ").partition(" #")[0].strip() for line in lines if OWN.match(line)]
 
 
 class Step(NamedTuple):
@@ -80,12 +86,12 @@ def run(command: str) -> str:
 
     printed, code = io.StringIO(), 0
     wide = [patch.object(one, "_width", WIDTH) for one in (console.out, console.err)]
-    with wide[0], wide[1], patch("sys.argv", words):
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            try:
-                main()
-            except SystemExit as end:
-                code = int(end.code or 0)
+    caught = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
+    with wide[0], wide[1], caught[0], caught[1], patch("sys.argv", words):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
     text = PROGRESS.sub("", printed.getvalue()).replace(f"{Path.cwd()}/", "")
     assert code == 0 or "error: " in text, f"{command} ended with {code}: {text}"
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
@@ -152,10 +158,9 @@ def perform(block: Block, names: dict[str, object], *, check: bool = True) -> No
                 printed = _LAST[step.command] = run(step.command)
                 problem = differs(step.shown, printed) if check else None
                 assert problem is None, f"$ {step.command}\n{problem}"
-        case "sh":
-            for command in block.text.replace("\\\n", " ").splitlines():
-                if OWN.match(command):
-                    run(command.partition(" #")[0])
+        case "sh" | "":
+            for command in commands(block.text):
+                run(command)
         case "yaml" if name := re.match(r"# ([\w/.-]+\.yaml)\n", block.text):
             Path(name[1]).write_text(block.text)
         case "python":

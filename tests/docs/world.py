@@ -28,6 +28,7 @@ def build(folder: Path) -> Path:
     for seed, (task, rank) in enumerate(TASKS.items(), start=1):
         save(folder / "org" / task, finetuned(base, seed=seed, rank=rank), config=config)
         _adapter(folder / "org" / f"{task}-lora", base, rank=rank, seed=seed)
+    (folder / "org" / "finetuned").symlink_to("math")
     _kohya(folder / "style.safetensors")
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
