@@ -19,6 +19,7 @@ from mergekit_lr.verbs.merge.sources import Input
 
 # What stands for a model in ``donor`` where the row is no single model's.
 EXACT, ZERO, AVERAGE, MEAN = -1, -2, -3, -4
+STEP = 4096  # rows at a time of a sum over all
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,51 +52,81 @@ class Alignment:
 
     def nbytes(self, tables: int) -> int:
         """Bytes that ``tables`` aligned tables take, with what they share and a copy that changes a dtype."""
-        return (tables + 1) * self.rows * math.prod(self.inputs[0].header[1][1:]) * self.dtype.itemsize
+        return (tables + 1) * self.rows * self.width * self.dtype.itemsize
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.inputs[0].header[1][1:])
+
+    def open(self, wanted: Sequence[Input]) -> Tables:
+        """The tables ``wanted``, some of ``inputs``, to be read in parts."""
+        opened = Tables(self, tuple(item.source.read(item.name) for item in self.inputs), {})
+        if bool((self.donor == MEAN).any()):
+            opened.means.update({item: opened.mean(item) for item in wanted})
+        return opened
 
     def read(self, wanted: Sequence[Input]) -> list[Tensor]:
-        """The tables ``wanted``, some of ``inputs``, each (R, ...) in ``dtype``; every input is read once."""
-        tables = [item.source.read(item.name) for item in self.inputs]
-        shared = self._shared(tables)
-        places = [self.inputs.index(item) for item in wanted]
-        made: dict[int, Tensor] = {}
-        for place in range(len(tables)):
-            if place in places:
-                made[place] = self._aligned(tables[place], self.own[place], shared)
-            tables[place] = torch.empty(0)  # what was read goes as soon as it is in order
-        return [made[place] for place in places]
-
-    def _shared(self, tables: Sequence[Tensor]) -> Tensor:
-        """The rows that models share, (needed, ...), for ``donor`` other than ``EXACT``."""
-        needed = (self.donor != EXACT).nonzero()[:, 0]
-        donor, row = self.donor[needed], self.row[needed]
-        shared = torch.zeros((len(needed), *tables[0].shape[1:]), dtype=self.dtype)
-        averaged = donor == AVERAGE
-        has = self.held[:, needed[averaged]] >= 0
-        for place, table in enumerate(tables):
-            mine = donor == place
-            shared[mine] = table[row[mine]].to(self.dtype)
-            if bool(averaged.any()):
-                at = averaged.nonzero()[has[place], 0]
-                shared[at] += table[self.held[place, needed[at]]].to(self.dtype)
-        if bool(averaged.any()):
-            count = has.sum(0).to(self.dtype)
-            shared[averaged] /= count.reshape(-1, *(1 for _ in shared.shape[1:]))
-        return shared
-
-    def _aligned(self, table: Tensor, own: Tensor, shared: Tensor) -> Tensor:
-        made = table.index_select(0, own.clamp(min=0)).to(self.dtype)
-        lacking = own < 0
-        made[lacking] = shared[lacking[self.donor != EXACT]]
-        unused = self.donor == MEAN
-        if bool(unused.any()):
-            made[unused] = 0
-            made[unused] = (made.sum(0, dtype=torch.float64) / int((~unused).sum())).to(made.dtype)
-        return made
+        """The tables ``wanted``, some of ``inputs``, whole: each (R, ...) in ``dtype``."""
+        opened, shape = self.open(wanted), (self.rows, *self.inputs[0].header[1][1:])
+        return [opened.part(item, 0, self.rows * self.width).view(shape) for item in wanted]
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """How many rows, and which, come from where."""
         return {kind: {"rows": int(where.sum()), "ranges": in_ranges(where)} for kind, where in self.kinds.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The tables of an alignment, mapped from their files; rows are put in order as they are read.
+
+    means: of the tables that are read, the mean of all rows with a token, where some row needs it.
+    """
+
+    alignment: Alignment
+    tables: tuple[Tensor, ...]
+    means: dict[Input, Tensor]
+
+    def part(self, item: Input, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the aligned table ``item``, counted flat: (stop - start,)."""
+        width = self.alignment.width
+        first, end = start // width, -(-stop // width)
+        return self._rows(item, torch.arange(first, end)).reshape(-1)[start - first * width : stop - first * width]
+
+    def mean(self, item: Input) -> Tensor:
+        """The mean of the rows of ``item`` that have a token, (1, ...), summed in float64."""
+        used = (self.alignment.donor != MEAN).nonzero()[:, 0]
+        total = torch.zeros((1, *self.tables[0].shape[1:]), dtype=torch.float64)
+        for rows in used.split(STEP):
+            total += self._rows(item, rows).sum(0, keepdim=True, dtype=torch.float64)
+        return (total / len(used)).to(self.alignment.dtype)
+
+    def _rows(self, item: Input, at: Tensor) -> Tensor:
+        """Rows ``at`` of the aligned table ``item``, (len(at), ...)."""
+        place = self.alignment.inputs.index(item)
+        own = self.alignment.own[place, at]
+        made = self.tables[place].index_select(0, own.clamp(min=0)).to(self.alignment.dtype)
+        lacking = (own < 0).nonzero()[:, 0]
+        if len(lacking):
+            made[lacking] = self._shared(at[lacking], self.means.get(item))
+        return made
+
+    def _shared(self, at: Tensor, mean: Tensor | None) -> Tensor:
+        """Rows ``at`` of the result as models have them that take the shared ones, (len(at), ...)."""
+        alignment = self.alignment
+        donor, row, held = alignment.donor[at], alignment.row[at], alignment.held[:, at]
+        shared = torch.zeros((len(at), *self.tables[0].shape[1:]), dtype=alignment.dtype)
+        averaged = donor == AVERAGE
+        for place, table in enumerate(self.tables):
+            mine = donor == place
+            shared[mine] = table[row[mine]].to(alignment.dtype)
+            among = averaged & (held[place] >= 0)
+            shared[among] += table[held[place, among]].to(alignment.dtype)
+        count = (held[:, averaged] >= 0).sum(0).to(alignment.dtype)
+        shared[averaged] /= count.reshape(-1, *(1 for _ in shared.shape[1:]))
+        if mean is not None:
+            shared[donor == MEAN] = mean
+        return shared
 
 
 def in_ranges(where: Tensor, most: int = 20) -> str:

@@ -108,7 +108,7 @@ class Vocabulary:
         """Which rows are from where, in words; kinds without a row are left out."""
         kinds = {"each model's own": donor == EXACT, "as the recipe says": told}
         for i, ref in enumerate(refs):
-            kinds[f"{ref} alone"] = (donor == i) & self.token & ~told
+            kinds[f"of {ref}"] = (donor == i) & self.token & ~told
             kinds[f"padding of {ref}"] = (donor == i) & ~self.token
         kinds |= {"average": donor == AVERAGE, "zero": (donor == ZERO) & ~told, "mean of all rows": donor == MEAN}
         return {kind: where for kind, where in kinds.items() if bool(where.any())}
@@ -207,9 +207,8 @@ def _rows(recipe: Recipe, chosen: Chosen, keeper: Source) -> tuple[int, bool]:
 def _held(ids: Mapping[str, int], rows: int, new: Mapping[str, int], token: Tensor, padded: bool) -> Tensor:
     """A model's row for every row of the result, int64; -1 where it has none. Rows without a token stay in place."""
     held = torch.full(token.shape, -1)
-    found = torch.tensor([[at, row] for name, at in new.items() if 0 <= (row := ids.get(name, -1)) < rows])
-    if len(found):
-        held[found[:, 0]] = found[:, 1]
+    known = [(at, row) for name, at in new.items() if 0 <= (row := ids.get(name, -1)) < rows]
+    held[[at for at, _ in known]] = torch.tensor([row for _, row in known], dtype=torch.long)
     if not padded:
         index = torch.arange(len(token))
         unused = torch.ones(max(rows, len(token)), dtype=torch.bool)
