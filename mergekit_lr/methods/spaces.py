@@ -154,24 +154,56 @@ def knots_basis(factors: Sequence[LowRank], *, floor: float | None = None) -> Kn
     """
     folded = [factor.folded() for factor in factors]
     dtype = torch.promote_types(*(folded[i].compute_dtype for i in (0, -1)))
-    Q_B, R_B = torch.linalg.qr(torch.cat([f.B for f in folded], -1).double())
-    right = [torch.linalg.qr(f.A.mT.double()) for f in folded]
-    core = R_B @ torch.block_diag(*(R.mT for _, R in right))
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    sides = Q_B.shape[-2], sum(Q.shape[-2] for Q, _ in right)
+    B = torch.cat([f.B for f in folded], -1)
+    left, right = _orthonormal(B), [_orthonormal(f.A.mT) for f in folded]
+    U, S, Vh = torch.linalg.svd(left.R @ torch.block_diag(*(side.R.mT for side in right)), full_matrices=False)
+    sides = B.shape[-2], sum(f.A.shape[-1] for f in folded)
     least = S[:1] * (max(sides) * torch.finfo(dtype).eps) if floor is None else floor
     kept = int((S > least).sum())
-    blocks = Vh[:kept].split([R.shape[-2] for _, R in right], -1)
-    V = [(block @ Q.mT).to(dtype) for block, (Q, _) in zip(blocks, right, strict=True)]
-    return KnotsBasis((Q_B @ U[:, :kept]).to(dtype), S[:kept].to(dtype), V)
+    blocks = Vh[:kept].split([side.R.shape[-2] for side in right], -1)
+    V = [side.times(block.mT).mT.to(dtype) for block, side in zip(blocks, right, strict=True)]
+    return KnotsBasis(left.times(U[:, :kept]).to(dtype), S[:kept].to(dtype), V)
+
+
+class _Orthonormal(NamedTuple):
+    """Columns X (d, R) = Q @ R with Q orthonormal, R (., R) in float64: Q itself, or X and R where R has an inverse."""
+
+    X: Tensor
+    R: Tensor
+    inverted: bool
+
+    def times(self, M: Tensor) -> Tensor:
+        """Q @ M for M in float64."""
+        if not self.inverted:
+            return self.X @ M
+        return self.X @ torch.linalg.solve_triangular(self.R, M, upper=True).to(self.X.dtype)
+
+
+def _orthonormal(columns: Tensor) -> _Orthonormal:
+    """Q and R of the columns (d, R), by a Cholesky of their Gram in float64 where they are far from dependent.
+
+    That is three times faster than Householder's QR, which does the rest and all float64 columns. The test is on
+    columns of length 1: their Gram's Cholesky has the distance of each column from those before it on its diagonal.
+    Below 0.1 the product of Q is taken in float64, below 0.001 QR has to do it.
+    """
+    if columns.dtype != torch.float64 and columns.shape[-2] >= columns.shape[-1] > 0:
+        wide = columns.double()
+        gram = wide.mT @ wide
+        lengths = gram.diagonal().sqrt()
+        R, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None], upper=True)
+        distance = float(R.diagonal().min())
+        if not int(failed) and distance > 1e-3:
+            return _Orthonormal(columns if distance > 0.1 else wide, R * lengths, True)
+    Q, R = torch.linalg.qr(columns.double())
+    return _Orthonormal(Q, R, False)
 
 
 def _column_basis(stack: Tensor) -> Tensor:
     """The left singular vectors (d, K) of the stack (d, R) that are above rounding, by QR and a small SVD."""
-    Q, R = torch.linalg.qr(stack.double())
-    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    found = _orthonormal(stack)
+    U, S, _ = torch.linalg.svd(found.R, full_matrices=False)
     kept = (S > S[:1] * (max(stack.shape) * torch.finfo(stack.dtype).eps)) & (S > 0)
-    basis = Q @ U[:, kept]
+    basis = found.times(U[:, kept])
     if basis.shape[-1]:
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         basis = basis * largest.sign()
