@@ -271,3 +271,11 @@ def test_a_model_without_a_config_is_loaded_as_tensors(tmp_path):
     assert THIS in card
     found = run(card, "safetensors", tmp_path, tmp_path / "out")
     assert found["tensors"].keys() == base.keys()
+
+
+def test_a_merge_into_one_file_has_no_card(pipeline, tmp_path):
+    lr.convert(pipeline / "out", tmp_path / "lora.safetensors", to="kohya", component="unet")
+    recipe = {"merge_method": "cat", "adapters": [{"adapter": str(tmp_path / "lora.safetensors")}] * 2}
+    report = lr.merge(recipe | {"output": {"format": "kohya"}}, tmp_path / "two.safetensors")
+    assert report.format == "kohya"
+    assert {path.name for path in tmp_path.glob("two*")} == {"two.safetensors", "two.lrmerge.json"}

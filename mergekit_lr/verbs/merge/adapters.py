@@ -99,7 +99,8 @@ def _finished(plan: AdapterPlan, report: MergeReport, folder: OutputFolder, star
     report = replace(report, peak_bytes=peak_bytes(), seconds=time.perf_counter() - started)
     origins = adapters_merged(plan.adapters, plan.base)
     report = replace(report, notes=(*report.notes, *notes_of(origins)))
-    write_merging_card(report, plan.recipe.content, origins, folder.partial, plan.options)
+    if not isinstance(folder, OutputFile):  # one file has no card beside it
+        write_merging_card(report, plan.recipe.content, origins, folder.partial, plan.options)
     given = [
         {"ref": one.ref, "files": [{"file": file.name, "bytes": file.stat().st_size} for file in one.files]}
         for one in plan.adapters
