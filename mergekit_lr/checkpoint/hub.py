@@ -61,6 +61,10 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             f"{name}: no such folder here and no such model on the Hub; check the spelling, or log in with "
             "`hf auth login` if it is private"
         ) from None
+    except UnicodeEncodeError:
+        raise HubError(
+            f"{name}: the token in use has characters that no token has; log in with `hf auth login`"
+        ) from None
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         try:
             # A refusal (4xx) stands; an outage does not matter where the model was downloaded before.
