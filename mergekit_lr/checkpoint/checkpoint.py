@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_lr.checkpoint import hub
 from mergekit_lr.checkpoint.pickled import read_pickled
 from mergekit_lr.checkpoint.quantized import Scale, dequantise, find_scales
-from mergekit_lr.checkpoint.safetensors import TensorInfo, read_header, read_tensor
+from mergekit_lr.checkpoint.safetensors import TensorInfo, announce, read_header, read_part, read_tensor
 from mergekit_lr.errors import FormatError, MismatchError
 
 # File stems in the order in which transformers and diffusers would pick them.
@@ -104,6 +104,21 @@ class Checkpoint:
             scale = self._scales[name]
             return dequantise(self._stored(name, self.tensors[name]), self._stored(*scale[:2]), scale.block)
         return self._stored(name, self.tensors[name], index)
+
+    def has_parts(self, name: str) -> bool:
+        """Whether a part of ``name`` can be read without the rest."""
+        return name not in self._scales
+
+    def read_part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor that has parts, counted flat: (stop - start,)."""
+        if name in self._memory:
+            return self._memory[name].reshape(-1)[start:stop]
+        return read_part(self.tensors[name], start, stop)
+
+    def announce(self, name: str) -> None:
+        """Say that ``name`` is going to be read in parts soon."""
+        if name not in self._memory:
+            announce(self.tensors[name])
 
     def _stored(self, name: str, info: TensorInfo, index: int | None = None) -> Tensor:
         if name in self._memory:

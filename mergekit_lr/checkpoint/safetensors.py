@@ -124,6 +124,37 @@ def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
     return torch.frombuffer(window, dtype=info.dtype, offset=skip).view(shape)
 
 
+def read_part(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the tensor, counted flat, as a copy (stop - start,).
+
+    Raises:
+        FormatError: the file changed since its header was read.
+    """
+    part = torch.empty(stop - start, dtype=info.dtype)
+    view = memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    position = info.offset + start * info.dtype.itemsize
+    file = os.open(info.file, os.O_RDONLY)
+    try:
+        while view.nbytes:
+            count = os.preadv(file, [view], position)
+            if not count:
+                raise FormatError(f"{info.file}: the file became shorter while it was being read")
+            view, position = view[count:], position + count
+    finally:
+        os.close(file)
+    return part
+
+
+def announce(info: TensorInfo) -> None:
+    """Have the kernel read the tensor ahead, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        file = os.open(info.file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
+
+
 def prefault(tensor: Tensor) -> None:
     """Bring the pages behind a mapped ``tensor`` into memory now, in one system call where the kernel can."""
     advise = _madvise()

@@ -8,8 +8,8 @@ every pass; the few operations that form a delta cost less than keeping it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 from lrgpu.random import stream
 from torch import Tensor
@@ -28,36 +28,49 @@ class Block(NamedTuple):
     base: Tensor | None
 
 
-@dataclass(frozen=True)
-class Reread:
-    """What ``make`` gives, anew for every loop over it."""
-
-    make: Callable[[], Iterator[Tensor]]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.make()
+Read: TypeAlias = Callable[[int, int], Tensor]  # elements [start, stop) of a matrix as they are stored, flat
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The T inputs of one matrix, read a block at a time; gone through as often as needed.
 
-    size: elements of the matrix. read: elements [start, stop) of every model, and of the base where there is one, as
-    they are stored, flat. deltas: whether the inputs are the models less the base.
+    size: elements of the matrix. models: how to read each. base: how to read the base, where there is one. deltas:
+    whether the inputs are the models less the base. step: elements of a block.
     """
 
     size: int
-    read: Callable[[int, int], tuple[Sequence[Tensor], Tensor | None]]
+    models: Sequence[Read]
+    base: Read | None
     deltas: bool
+    step: int = STEP
 
     def __iter__(self) -> Iterator[Block]:
-        for start in range(0, self.size, STEP):
-            models, base = self.read(start, min(start + STEP, self.size))
-            origin = widened(base)[None] if base is not None else None
-            inputs = [widened(model)[None] for model in models]
-            if self.deltas and origin is not None:
-                inputs = [model - origin for model in inputs]
-            yield Block(start, inputs, origin)
+        for start in range(0, self.size, self.step):
+            base = self._part(self.base, start) if self.base is not None else None
+            inputs = [self._part(model, start) for model in self.models]
+            if self.deltas and base is not None:
+                inputs = [model.sub_(base) for model in inputs]
+            yield Block(start, inputs, base)
+
+    def magnitudes(self, t: int) -> Magnitudes:
+        """Of input ``t`` alone, flat."""
+        return Magnitudes(replace(self, models=[self.models[t]]))
+
+    def _part(self, read: Read, start: int) -> Tensor:
+        part = read(start, min(start + self.step, self.size))[None]
+        wide = widened(part)
+        return wide.clone() if wide is part else wide
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """The magnitudes of the only input of ``blocks``, formed anew in every pass."""
+
+    blocks: Blocks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (block.inputs[0].abs_().reshape(-1) for block in self.blocks)
 
 
 def merge_blocks(

@@ -9,7 +9,7 @@ import torch
 from lrgpu.selection import Cut, cut
 from torch import Tensor
 
-from mergekit_lr.methods.blocks import Blocks, Reread
+from mergekit_lr.methods.blocks import Blocks
 from mergekit_lr.methods.consensus import elected_sum, weighted_sum
 from mergekit_lr.methods.dare import Compat
 from mergekit_lr.methods.delta import widened
@@ -29,7 +29,7 @@ def rings(blocks: Blocks, *, density: list[Any], gamma: list[Any], compat: Compa
 
     def ring(t: int) -> Ring:
         keep, top = _counts(blocks.size, density[t], gamma[t], compat)
-        magnitudes = Reread(lambda: (block.inputs[t].abs() for block in blocks))
+        magnitudes = blocks.magnitudes(t)
         return Ring(cut(magnitudes, keep + top, blocks.size), cut(magnitudes, top, blocks.size))
 
     return [ring(t) for t in range(len(density))]

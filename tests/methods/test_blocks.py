@@ -53,14 +53,17 @@ def test_every_method_that_says_it_can_is_here():
 def test_blocks_and_the_whole_agree(name: str, options: dict[str, Any]):
     models, base = given(name)
 
-    def read(start: int, stop: int) -> Any:
-        assert stop - start <= STEP
-        flat = [x.reshape(-1)[start:stop] for x in models]
-        return flat, None if base is None else base.reshape(-1)[start:stop]
+    def reader(tensor: torch.Tensor) -> Any:
+        def read(start: int, stop: int) -> torch.Tensor:
+            assert stop - start <= STEP
+            return tensor.reshape(-1)[start:stop]
+
+        return read
 
     method = find(name)
     assert method.elementwise(options)
-    blocks = Blocks(models[0].numel(), read, deltas=method.takes == "deltas")
+    origin = None if base is None else reader(base)
+    blocks = Blocks(models[0].numel(), [reader(x) for x in models], origin, deltas=method.takes == "deltas")
     labels = [f"{t}" for t in range(len(models))]
     parts = [part for _, part in merge_blocks(method, blocks, models=labels, tensor="q", seed=5, **options)]
     wide = [model.float() for model in models]

@@ -18,13 +18,14 @@ from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.verbs.apply.change import squared
 from mergekit_lr.verbs.merge.layers import Job
-from mergekit_lr.verbs.merge.plan import MergePlan, is_copy, used_by
+from mergekit_lr.verbs.merge.plan import MergePlan, in_blocks, is_copy, used_by
+from mergekit_lr.verbs.merge.streaming import stream
 
 
 class Done(NamedTuple):
-    """A tensor of the result in its dtype, and figures that JSON can hold."""
+    """A tensor of the result in its dtype, None where it is written already; and figures that JSON can hold."""
 
-    tensor: Tensor
+    tensor: Tensor | None
     figures: dict[str, Any]
 
 
@@ -38,6 +39,11 @@ class Merging:
 
     def read(self, batch: Batch) -> list[list[Tensor]]:
         """For every node its inputs, and behind them its base where it has one."""
+        if in_blocks(self.plan.recipe, batch.nodes[0].work):
+            job: Job = batch.nodes[0].work
+            for item in used_by(self.plan.recipe, job) if job.alignment is None else ():
+                item.source.announce(item.name)
+            return []
         return [self._read(node.work) for node in batch.nodes]
 
     def _read(self, job: Job) -> list[Tensor]:
@@ -48,6 +54,8 @@ class Merging:
     def compute(self, batch: Batch, inputs: list[list[Tensor]]) -> list[Done]:
         """The merged tensors of a batch, all of one shape and with one set of arguments."""
         jobs: list[Job] = [node.work for node in batch.nodes]
+        if in_blocks(self.plan.recipe, jobs[0]):
+            return [Done(None, stream(self.plan, jobs[0], self.output))]
         if is_copy(self.plan.recipe, jobs[0]):
             return [self._stored(job, held[0], held) for job, held in zip(jobs, inputs, strict=True)]
         merged = self._merged(jobs, inputs)
@@ -56,7 +64,8 @@ class Merging:
     def write(self, batch: Batch, done: list[Done]) -> None:
         """Put every tensor at its place, then say in the journal that it is there."""
         for node, one in zip(batch.nodes, done, strict=True):
-            self.output.write(node.name, 0, one.tensor)
+            if one.tensor is not None:
+                self.output.write(node.name, 0, one.tensor)
         for node, one in zip(batch.nodes, done, strict=True):
             self.journal.add(node.name, {}, one.figures)
 

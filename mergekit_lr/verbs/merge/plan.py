@@ -18,6 +18,7 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
+from mergekit_lr.methods.blocks import STEP
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.apply.plan import DTYPES
 from mergekit_lr.verbs.compare import CompareReport
@@ -193,6 +194,16 @@ def used_by(recipe: Recipe, job: Job) -> list[Input]:
     return [*job.inputs, *([job.base] if job.base is not None else [])]
 
 
+def in_blocks(recipe: Recipe, job: Job) -> bool:
+    """Whether a tensor is read, merged and written a block of elements at a time, never held whole."""
+    header = job.template.header
+    large = len(header[1]) > 1 and math.prod(header[1]) >= STEP
+    parts = job.alignment is not None or all(i.source.has_parts(i.name) for i in used_by(recipe, job))
+    if not large or not parts:
+        return False
+    return is_copy(recipe, job) or recipe.method.elementwise(job.arguments)
+
+
 def rule_of(recipe: Recipe, job: Job) -> str:
     """What happens to a tensor, in words."""
     if is_copy(recipe, job):
@@ -238,14 +249,19 @@ def _node(recipe: Recipe, job: Job, header: Header) -> Node:
     used = used_by(recipe, job)
     opened = used if job.alignment is None else job.alignment.inputs
     read = sum(item.source.nbytes(item.name) for item in opened)
-    aligned = 0 if job.alignment is None else job.alignment.nbytes(len(used))
-    # Every input widened, the base, the result, what is written, and the temporaries of a method.
-    widened = 4 * entries * (1 if copied else len(used) + 6)
-    working = read + aligned + widened + header[0].itemsize * entries
+    blocked = in_blocks(recipe, job)
+    held = min(entries, STEP) if blocked else entries
+    # Every input as it is read and widened, the base, the result, what is written, and the temporaries of a method.
+    widened = 4 * held * (1 if copied else len(used) + 6)
+    if job.alignment is None:
+        opening = read * held // max(entries, 1)
+    else:  # rows are found all over the mapped tables
+        opening = read + job.alignment.nbytes(len(used)) * held // max(entries, 1)
+    working = opening + widened + header[0].itemsize * held
     cost = Cost(max(read, 1), working, 8.0 * entries * len(used))
     key = json.dumps(job.arguments, sort_keys=True, default=str)
     dtypes = tuple(item.header[0] for item in used)
-    alone = job.name if copied or len(shape) > 2 or job.alignment is not None else ""
+    alone = job.name if copied or blocked or len(shape) > 2 or job.alignment is not None else ""
     signature = (recipe.method.name, copied, shape, header[0], dtypes, key, alone)
     return Node(job.name, signature, used[0].source.place(used[0].name), cost, job)
 

@@ -107,6 +107,18 @@ class Source:
             prefault(tensor)
         return tensor
 
+    def has_parts(self, name: str) -> bool:
+        """Whether a part of a tensor can be read without the rest."""
+        return self.applied is None and self.checkpoint.has_parts(self.disk[self.aliases.get(name, name)])
+
+    def read_part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor that has parts, counted flat: (stop - start,)."""
+        return self.checkpoint.read_part(self.disk[self.aliases.get(name, name)], start, stop)
+
+    def announce(self, name: str) -> None:
+        """Say that a tensor is going to be read in parts soon."""
+        self.checkpoint.announce(self.disk[self.aliases.get(name, name)])
+
     def _with_lora(self, plan: ApplyPlan, own: str) -> Tensor:
         memory = MemoryOutput({own: plan.outputs[own]}, {})
         work = Application(plan.base, plan.outputs, plan.resources.device, None, memory, _NO_JOURNAL)
@@ -187,7 +199,7 @@ def open_source(ref: str | Checkpoint | Mapping[str, Tensor], *, device: str = "
         aliases = {end: target for end, target in aliases.items() if end not in headers}
     layers = layers_of(headers, checkpoint.config)
     tables = frozenset(names[t] for t, kind in kinds.items() if kind is Kind.EMBEDDING)
-    heads = {names[t] for t, kind in kinds.items() if kind is Kind.LINEAR and layers.of(names[t]) is None}
+    heads = {names[t] for t, kind in kinds.items() if kind is Kind.LINEAR or names[t].endswith("bias")}
     return Source(
         ref=called,
         checkpoint=checkpoint,
@@ -197,7 +209,7 @@ def open_source(ref: str | Checkpoint | Mapping[str, Tensor], *, device: str = "
         layers=layers,
         flat=frozenset(names[t] for t, kind in kinds.items() if kind is Kind.CONVOLUTION),
         tables=tables,
-        tokens=tokens_of(headers, (plan or checkpoint).config, tables, heads),
+        tokens=tokens_of(headers, (plan or checkpoint).config, tables, {n for n in heads if layers.of(n) is None}),
         applied=plan,
         files=tuple(file for given in plan.given for file in given.files) if plan else (),
         _nodes=nodes,
@@ -207,13 +219,12 @@ def open_source(ref: str | Checkpoint | Mapping[str, Tensor], *, device: str = "
 def tokens_of(
     headers: Mapping[str, Header], config: Mapping[str, Any], tables: Set[str], heads: Set[str]
 ) -> frozenset[str]:
-    """What has a row for each token: embeddings and heads with as many rows as the config has tokens, and biases."""
+    """What has a row for each token: embeddings, heads and their biases with as many rows as the config has tokens."""
     sizes = {value for key, value in _flat_config(config) if key == "vocab_size"}
     sizes = sizes or {headers[name][1][0] for name in tables & headers.keys()}
-    biases = {f"{name.removesuffix('.weight')}.bias" for name in heads}
     return frozenset(
         name
-        for name in (tables | heads | biases) & headers.keys()
+        for name in (tables | heads) & headers.keys()
         if headers[name][1][0] in sizes and not POSITIONS.search(name)
     )
 
