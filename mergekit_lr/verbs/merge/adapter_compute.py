@@ -55,10 +55,18 @@ class AdapterMerging:
 
     def _step(self, step: Step) -> Done:
         given = [one() if callable(one) else one for one in step.given]
+        for source, one in zip(self.plan.adapters, given, strict=True):
+            parts = (one.A, one.B) if isinstance(one, LowRank) else () if one is None else (one,)
+            if not all(math.isfinite(float(part.sum(dtype=torch.float32))) for part in parts):
+                raise FormatError(f"{source.ref}: {step.label} holds NaN or Inf; the adapter is damaged")
         done = self._value(step, given) if step.part in ("saved", "rows", "magnitude") else self._change(step, given)
-        if not math.isfinite(done.figures["norm"]):
-            raise FormatError(f"{step.label}: the merged change holds NaN or Inf; an adapter is damaged")
+        self._check_finite(step, done.figures["norm"])
         return done
+
+    def _check_finite(self, step: Step, norm: float) -> None:
+        if not math.isfinite(norm):
+            name = self.plan.recipe.method.name
+            raise FormatError(f"{step.label}: {name} gives NaN or Inf with {step.arguments}; choose other parameters")
 
     def _change(self, step: Step, given: list[Delta | None]) -> Done:
         """A difference: in factors, truncated where the recipe names a rank; or in full where it can stay so."""
@@ -73,15 +81,15 @@ class AdapterMerging:
             space = "full"
             name, arguments = in_full(self.plan.recipe.method, step.arguments)
         merged = self._merged(step, name, deltas, space, arguments)
-        norm = squared(merged) if isinstance(merged, Tensor) else float(merged.norm().square().sum())
-        if not math.isfinite(norm) or len(step.size) < 2:
-            return Done({"full": as_dense(merged).cpu()}, {"norm": norm, "lost": 0.0})
-        if isinstance(merged, Tensor) and rank is None and self._holds_full:
-            own = merged if step.shape is None else from_matrix(merged, step.kind, step.shape)
-            return Done({"full": own.contiguous().cpu()}, {"norm": norm, "lost": 0.0})
-        factors, lost = _factors(merged, rank, stream(self.plan.seed, step.name, "truncation"))
-        folded = factors.folded()
-        return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, {"norm": norm, "lost": lost})
+        if len(step.size) < 2 or (isinstance(merged, Tensor) and rank is None and self._holds_full):
+            full = as_dense(merged)
+            own = full if len(step.size) < 2 or step.shape is None else from_matrix(full, step.kind, step.shape)
+            return Done({"full": own.contiguous().cpu()}, {"norm": squared(full), "lost": 0.0})
+        if isinstance(merged, Tensor):
+            self._check_finite(step, squared(merged))  # before it goes into an SVD
+        cut = _factors(merged, rank, stream(self.plan.seed, step.name, "truncation"))
+        folded = cut.delta.folded()
+        return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, {"norm": cut.norm, "lost": cut.lost})
 
     def _value(self, step: Step, given: list[Any]) -> Done:
         """A value: the base's, changed by the merged differences from it; without a base the weighted mean."""
@@ -136,13 +144,24 @@ class AdapterMerging:
         return not self.plan.truncated and (self.plan.kind == "model" or self.plan.to in HOLDS_ADDED)
 
 
-def _factors(merged: Delta, rank: int | None, seed: int) -> tuple[LowRank, float]:
-    """Factors of at most ``rank``, and the squared norm of what was cut off."""
+class _Cut(NamedTuple):
+    """Factors, the squared norm of the whole, and of what was cut off."""
+
+    delta: LowRank
+    norm: float
+    lost: float
+
+
+def _factors(merged: Delta, rank: int | None, seed: int) -> _Cut:
+    """Factors of at most ``rank``."""
     if isinstance(merged, LowRank):
         if rank is None or rank >= merged.rank:
-            return merged, 0.0
+            return _Cut(merged, float(merged.norm().square().sum()), 0.0)
         cut = merged.truncate(rank)
-        return cut.delta, float((cut.residual**2).sum())
+        lost = float(cut.residual.square().sum())
+        # Columns of a balanced B have the squared length of their singular value.
+        kept = float(cut.delta.B.double().square().sum(-2).square().sum())
+        return _Cut(cut.delta, kept + lost, lost)
     side = min(merged.shape[-2:])
     if rank is None or rank >= side:
         U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
@@ -151,4 +170,4 @@ def _factors(merged: Delta, rank: int | None, seed: int) -> tuple[LowRank, float
     root = S.clamp_min(0).sqrt()
     factors = LowRank(root[..., :, None] * Vh, U * root[..., None, :])
     # From the difference itself: norms subtracted would hide all errors below 1e-4.
-    return factors, squared(merged - factors.dense())
+    return _Cut(factors, squared(merged), squared(merged - factors.dense()))
