@@ -19,6 +19,8 @@ from mergekit_lr.report.extraction import ExtractReport, ModuleFigures
 from mergekit_lr.report.merging import MergeReport
 from mergekit_lr.verbs.compare import CompareReport
 from mergekit_lr.verbs.inspect import AdapterView, CheckpointView, ModuleView
+from mergekit_lr.verbs.push.report import PushReport
+from mergekit_lr.verbs.report import PageReport
 
 Schema = dict[str, Any]
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -32,6 +34,8 @@ RESULTS = {
     "inspect-adapter": AdapterView,
     "inspect-checkpoint": CheckpointView,
     "compare": CompareReport,
+    "push": PushReport,
+    "report": PageReport,
 }
 LEFT_OUT = {
     ExtractReport: {"adapter"},
@@ -39,7 +43,7 @@ LEFT_OUT = {
     ApplyReport: {"tensors"},
     MergeReport: {"result", "adapter"},
 }
-RENAMED = {MergeReport: {"format": "dialect"}}
+RENAMED = {MergeReport: {"format": "dialect"}, PushReport: {"nbytes": "bytes"}}
 IMPORTED = {
     "Tensor": Any,
     "Adapter": Any,
@@ -57,6 +61,7 @@ TOTALS = {
     AdapterReport: ("energy", "error", "rounding", "rank_before", "total_rank", "states"),
     ApplyReport: ("norm", "rounding_error", "states"),
     MergeReport: ("norm", "rounding_error"),
+    PushReport: ("nbytes", "states"),
 }
 WORST = {"type": ["string", "null"], "description": "The module with the largest relative error."}
 
@@ -74,7 +79,8 @@ def of(report: Any) -> Schema:
         adapter = {"ref": {"type": "string"}, "weight": {"type": "number"}, "dialect": {"type": "string"}}
         keys["adapters"] = {"type": "array", "items": _closed(adapter)}
     if report in TOTALS:
-        totals = {name: keys[name] if name in keys else _property(report, name) for name in TOTALS[report]}
+        found = {name: keys[name] if name in keys else _property(report, name) for name in TOTALS[report]}
+        totals = {called.get(name, name): schema for name, schema in found.items()}
         totals |= {"worst": WORST} if hasattr(report, "worst") else {}
         # A merge counts its states beside the other totals, under their own names.
         keys = {"totals": _closed(totals) if report is not MergeReport else _open(totals)} | keys

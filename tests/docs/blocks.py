@@ -22,7 +22,7 @@ from unittest.mock import patch
 WIDTH = 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OWN = re.compile(r"^\s*(?:\$ )?lrmerge ")
-PROGRESS = re.compile(r"^[\w ]+: \d+% of .*\n", re.MULTILINE)
+PROGRESS = re.compile(r"^[\w ]+: (?:\d+%|[\d.]+ [kMGT]?B) of .*\n", re.MULTILINE)
 VARIES = [
     (re.compile(r"\b\d+ min \d+ s\b|\b\d+ h \d+ min\b|\b\d+(?:\.\d+)? (?:s|ms)\b"), "TIME"),
     (re.compile(r"\b\d+(?:\.\d+)? [kMGT]?B/s\b"), "RATE"),
@@ -81,6 +81,7 @@ def run(command: str) -> str:
     if words[0] == "ls":
         return "".join(f"{path.name}\n" for path in sorted(Path(words[1]).iterdir()))
     assert words[0] == "lrmerge", f"not a command that can be run here: {command}"
+    from huggingface_hub import constants
     from lrmerge import console
     from lrmerge.app import main
 
@@ -93,6 +94,7 @@ def run(command: str) -> str:
         except SystemExit as end:
             code = int(end.code or 0)
     text = PROGRESS.sub("", printed.getvalue()).replace(f"{Path.cwd()}/", "")
+    text = text.replace(constants.ENDPOINT, "https://huggingface.co")
     assert code == 0 or "error: " in text, f"{command} ended with {code}: {text}"
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 

@@ -11,12 +11,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 
-@pytest.fixture(autouse=True)
-def logged_out(monkeypatch):
-    """Whoever runs the tests is nobody on the Hub."""
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A folder with models, adapters and the examples."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from blocks import run
+from hub_server import Hub, Repository
 from schemas import SCHEMAS
 from world import enter
 
@@ -28,6 +29,8 @@ COMMANDS = [
     ("inspect-adapter", "lrmerge inspect org/math-lora"),
     ("inspect-checkpoint", "lrmerge inspect org/base"),
     ("compare", "lrmerge compare org/math-lora org/code-lora"),
+    ("push", "lrmerge push org/math-lora me/math --base-model org/base"),
+    ("report", "lrmerge report compressed"),
     ("doctor", "lrmerge doctor"),
     ("methods", "lrmerge methods"),
 ]
@@ -43,17 +46,17 @@ def place(world: Path, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("schema", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
-def test_output_has_its_schema(schema: str, command: str, place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_output_has_its_schema(schema: str, command: str, place: Path, served: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
+    served.repositories["org/base"] = Repository({"main": {"config.json": b"{}"}})
     printed = json.loads(run(f"{command} --json"))
     rules = SCHEMAS[schema]()
     jsonschema.Draft202012Validator.check_schema(rules)
     jsonschema.validate(printed, rules)
-    out = place / command.partition(" -o ")[2].split(" ")[0] if " -o " in command else place / command.split()[-1]
-    if (out / "lrmerge.json").exists():
-        manifest = json.loads((out / "lrmerge.json").read_text())
-        assert manifest.keys() >= ENVELOPE
-        assert manifest.keys() >= printed.keys()
+    if schema in ("extract", "compress", "convert", "apply", "merge"):
+        out = command.partition(" -o ")[2].split(" ")[0] or command.split()[-1]
+        manifest = json.loads((place / out / "lrmerge.json").read_text())
+        assert manifest.keys() >= ENVELOPE | printed.keys()
         for key in ("totals", "seconds", "notes"):
             assert manifest[key] == printed[key]
 

@@ -57,3 +57,11 @@ def test_no_colour(variables: dict[str, str]):
     ended = subprocess.run([LRMERGE, "methods", "ties"], capture_output=True, text=True, env=os.environ | variables)
     assert ended.returncode == 0
     assert "\x1b[3" not in ended.stdout
+
+
+def test_doctor_without_a_way_to_the_hub():
+    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    ended = subprocess.run([LRMERGE, "doctor", "--json"], capture_output=True, text=True, env=nowhere)
+    assert ended.returncode == 0, ended.stderr
+    assert "a token is set, but the Hub did not confirm it (ConnectError)" in ended.stdout
+    assert "hf_none" not in ended.stdout + ended.stderr
