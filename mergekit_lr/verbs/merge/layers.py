@@ -6,9 +6,11 @@ table of embeddings, from the last slice's otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.recipe.parameters import arguments, renamed
@@ -50,6 +52,12 @@ class Job:
     template: Input
     merged: bool = True
     alignment: Alignment | None = None
+
+    def parts(self, used: Sequence[Input]) -> Callable[[Input, int, int], Tensor]:
+        """What reads elements [start, stop) of one of ``used``, counted flat in the order of the result's rows."""
+        if self.alignment is not None:
+            return self.alignment.open(used).part
+        return lambda item, start, stop: item.source.read_part(item.name, start, stop)
 
 
 def slices_of(recipe: Recipe, sources: dict[str, Source]) -> list[Slice]:

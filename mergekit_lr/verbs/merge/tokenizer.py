@@ -126,7 +126,8 @@ def choose_tokenizer(
             )
     if folder is None or not any((folder / file).exists() for file in FILES):
         raise MismatchError(f"{name if folder else keeper}: has no tokenizer.json to take the vocabulary from")
-    own = read_words(folder)  # anew: tokens are added to it
+    grows = name == "union" or tokens
+    own = words[keeper] if keeper in words and name in ("base", keeper) and not grows else read_words(folder)
     plain, changed = 0, False
     if name == "union":
         plain, changed = _unite(own, {ref: held for ref, held in words.items() if ref != template.ref}, sources)
