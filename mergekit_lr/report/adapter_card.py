@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.loading import Base
+from mergekit_lr.report.markdown import code
 from mergekit_lr.report.spectrum import FILE, Spectrum, lines_of, spectrum_svg, spectrum_table
 
 WORST = 8  # rows of a table of modules
@@ -16,9 +17,12 @@ WORST = 8  # rows of a table of modules
 
 def base_of(base: Input, *, config: Mapping[str, Any]) -> Base:
     """Where a reader of the card loads ``base`` from."""
-    named = re.search(r"@([\w./-]+)$", base.ref)
-    revision = named[1] if named and base.hub else None
-    return Base(base.hub or f"path/to/{base.name}", revision, base.subfolder, config)
+    return Base(base.hub or f"path/to/{base.name}", base.asked, base.subfolder, config)
+
+
+def unread(hub: str) -> str:
+    """What to know of a base that only the adapters name."""
+    return f"The base {code(hub)} was not read. Its licence may set terms as well."
 
 
 def named_base(text: str | None, hub: str | None) -> Base:

@@ -10,7 +10,7 @@ from mergekit_lr.report.adapter_card import WORST
 from mergekit_lr.report.application import ApplyReport
 from mergekit_lr.report.card import HOME, Content, write_card
 from mergekit_lr.report.command import command
-from mergekit_lr.report.inputs import Input, portable
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.loading import library, loading_a_model, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, table
 
@@ -23,7 +23,7 @@ def write_application_card(
     count = "an adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
     done = "taken out" if report.unmerge else "baked in"
     given = [
-        portable(one.ref, inputs) + ("" if weight == 1 else f":{weight:g}")
+        one.address + ("" if weight == 1 else f":{weight:g}")
         for one, (_, weight, _) in zip(adapters, report.adapters, strict=True)
     ]
     weights = [[code(one.name), f"{weight:g}"] for one, (_, weight, _) in zip(adapters, report.adapters, strict=True)]
@@ -35,9 +35,9 @@ def write_application_card(
             "Limits": bullets(_limits(report)),
         },
         notes=report.notes,
-        again=command("apply", [portable(base.ref, inputs), *given], options, inputs),
+        again=command("apply", [base.address, *given], options, inputs),
         papers=[],
-        base_model=[one.hub for one in inputs if one.hub],
+        base_model=[repo for one in inputs for repo in one.ids],
         relation="merge",
         tags=["lrmerge", "merge"],
         library_name=library(report.config),

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.report.adapter_card import WORST, base_of, named_base, spectrum
+from mergekit_lr.report.adapter_card import WORST, base_of, named_base, spectrum, unread
 from mergekit_lr.report.card import HOME, Content, write_card
 from mergekit_lr.report.citations import COMPRESS
 from mergekit_lr.report.command import command
 from mergekit_lr.report.compression import AdapterReport
-from mergekit_lr.report.inputs import Input, portable, stated_hub_id
+from mergekit_lr.report.inputs import Input, stated_hub_id
 from mergekit_lr.report.loading import loading_an_adapter, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, plain, table
 from mergekit_lr.report.quantities import size
@@ -34,10 +34,10 @@ def write_adapter_card(
         sections={
             "Load it": loading_an_adapter(folder, base),
             "What it holds": "\n\n".join([_totals(report), *_worst(report), *_spectra(report, folder)]),
-            "Limits": _limits(report),
+            "Limits": bullets([*_limits(report), *([unread(hub)] if hub and not bases else [])]),
         },
         notes=report.notes,
-        again=command(report.verb, [portable(source.ref, inputs)], options, inputs),
+        again=command(report.verb, [source.address], options, inputs),
         papers=[COMPRESS] if compressed else [],
         base_model=[hub] if hub else [],
         relation="adapter",
@@ -82,7 +82,7 @@ def _spectra(report: AdapterReport, folder: Path) -> list[str]:
     return spectrum((Spectrum(m.name, m.singular_values, m.squared_norm) for m in report.modules), folder)
 
 
-def _limits(report: AdapterReport) -> str:
+def _limits(report: AdapterReport) -> list[str]:
     lost = 1 - report.energy
     lines = [f"{lost:.2%} of the squared norm of the adapter's change is lost." if lost > 0 else "Nothing is lost."]
     gone = [m.name for m in report.modules if m.state in ("dropped", "left out")]
@@ -90,4 +90,4 @@ def _limits(report: AdapterReport) -> str:
     if gone:
         lines.append(f"Left out: {', '.join(map(code, gone[:5]))}{' ...' if len(gone) > 5 else '.'}")
     lines.append("Energy is measured on weights. How well the result does its task was not measured.")
-    return bullets(lines)
+    return lines

@@ -11,7 +11,7 @@ from mergekit_lr.report.card import HOME, Content, write_card
 from mergekit_lr.report.citations import EXTRACT
 from mergekit_lr.report.command import command
 from mergekit_lr.report.extraction import ExtractReport
-from mergekit_lr.report.inputs import Input, portable
+from mergekit_lr.report.inputs import Input
 from mergekit_lr.report.loading import loading_an_adapter, pipeline_tag
 from mergekit_lr.report.markdown import bullets, code, plain, table
 from mergekit_lr.report.quantities import size
@@ -37,7 +37,7 @@ def write_extraction_card(
             "Limits": _limits(report),
         },
         notes=report.notes,
-        again=command("extract", [portable(one.ref, inputs) for one in inputs], options, inputs),
+        again=command("extract", [one.address for one in inputs], options, inputs),
         papers=[EXTRACT],
         base_model=[base.hub] if base.hub else [],
         relation="adapter",

@@ -14,11 +14,13 @@ from typing import Any
 import yaml
 
 from mergekit_lr.report import licence
+from mergekit_lr.report.manifest import FILE
 
 CARD = "README.md"
 FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n|\A)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 LARGEST = 1 << 20  # bytes of a card that are looked at
 _REPOSITORY = re.compile(r"models--(.+)")
+_ASKED = re.compile(r"@([\w./-]+)$")
 _WORD = re.compile(r"[\w][\w./@-]{0,119}")
 # Files that stand for the folder they lie in, so that the card there is theirs.
 _OWN_STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_model", "pytorch_lora_weights")
@@ -30,7 +32,7 @@ class Input:
 
     role: base, fine-tune, model or adapter. ref: what the user called it. name: what a card calls it. hub: its id on
     the Hub, with ``subfolder`` and ``revision`` there. card: metadata of its README. config: its config.json. note:
-    why its card could not be read.
+    why its card could not be read. ours: whether a run of lrmerge made it.
     """
 
     role: str
@@ -42,6 +44,7 @@ class Input:
     card: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     note: str | None = None
+    ours: bool = False
 
     @classmethod
     def of(
@@ -65,7 +68,30 @@ class Input:
         card, note = _card_of(folder) if folder is not None else ({}, None)
         card = licence.named((metadata or {}).get("modelspec.license", "")) | card
         name = "/".join(part for part in (hub, subfolder) if part) or place.resolve().name
-        return cls(role, ref, name, hub, revision, subfolder, card, config or {}, note)
+        ours = folder is not None and (folder / FILE).is_file()
+        return cls(role, ref, name, hub, revision, subfolder, card, config or {}, note, ours)
+
+    @property
+    def asked(self) -> str | None:
+        """The revision on the Hub that the user asked for."""
+        match = _ASKED.search(self.ref)
+        return match[1] if match and self.hub else None
+
+    @property
+    def address(self) -> str:
+        """What a command calls it."""
+        if self.hub and not self.subfolder:
+            return f"{self.hub}@{self.asked}" if self.asked else self.hub
+        return self.role.upper() if self.ref == "memory" else self.name
+
+    @property
+    def ids(self) -> list[str]:
+        """The Hub ids that stand for it: its own, or, where a run of lrmerge made it here, those it was made from."""
+        if self.hub:
+            return [self.hub]
+        made_from = self.card.get("base_model") if self.ours else None
+        found = made_from if isinstance(made_from, list) else [made_from]
+        return [repo for one in found if (repo := stated_hub_id(one))]
 
     @property
     def gated(self) -> bool:
@@ -96,7 +122,7 @@ def _hub_id(text: str) -> str | None:
 
 def portable(text: str, inputs: Sequence[Input]) -> str:
     """``text`` with the inputs under the names that a card gives them, and any other path as its last part."""
-    named = {one.ref: one.hub or one.name for one in inputs}
+    named = {one.ref: one.address for one in inputs}
     if text in named:
         return named[text]
     parts = text.split("+")  # MODEL+LORA

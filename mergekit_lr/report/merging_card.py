@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_lr.methods.registry import methods
-from mergekit_lr.report.adapter_card import WORST, base_of, named_base
+from mergekit_lr.report.adapter_card import WORST, base_of, named_base, unread
 from mergekit_lr.report.card import HOME, Content, write_card
 from mergekit_lr.report.citations import PAPERS, SPACES
 from mergekit_lr.report.command import command
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mergekit_lr.checkpoint.checkpoint import Checkpoint
     from mergekit_lr.verbs.merge.adapter_sources import Opened
     from mergekit_lr.verbs.merge.sources import Source
+
+_LIMITS = ("Changes are measured on weights. How well the result does its tasks was not measured.",)
 
 
 def models_merged(sources: Iterable[Source]) -> list[Input]:
@@ -70,14 +72,12 @@ def write_merging_card(
         sections={
             "Load it": loading_an_adapter(folder, base) if adapter else loading_a_model(folder),
             "What changed": f"{_totals(report)}\n\n{_worst(report)}",
-            "Limits": bullets(
-                ["Changes are measured on weights. How well the result does its tasks was not measured."]
-            ),
+            "Limits": bullets([*_LIMITS, *([unread(hub)] if adapter and hub and not given else [])]),
         },
         notes=report.notes,
         again=f"{fenced(text, 'yaml')}\n\nas `recipe.yaml`, then\n\n{again}",
         papers=[key for key in (paper, SPACES.get(report.space, "")) if key in PAPERS],
-        base_model=[hub] if adapter and hub else [] if adapter else [one.hub for one in inputs if one.hub],
+        base_model=[hub] if adapter and hub else [] if adapter else [repo for one in inputs for repo in one.ids],
         relation="adapter" if adapter else "merge",
         tags=[*(["lora"] if adapter else []), "lrmerge", "merge", report.method],
         library_name="peft" if adapter else library(report.config),

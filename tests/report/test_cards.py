@@ -20,6 +20,7 @@ from world import ADAPTERS, MODELS, REVISION, blocks, working_in
 import mergekit_lr as lr
 from mergekit_lr.methods.registry import methods
 from mergekit_lr.report.citations import COMPRESS, EXTRACT, PAPERS, SPACES, bibtex
+from mergekit_lr.report.inputs import Input
 
 RELATIONS = ("adapter", "merge", "finetune", "quantized")
 
@@ -227,9 +228,32 @@ def test_the_methods_of_a_merge_are_cited(world):
 
 
 def test_files_of_image_tools_name_their_licence_in_their_metadata():
-    from mergekit_lr.report.inputs import Input
-
     found = Input.of("adapter", "x", Path("x.safetensors"), metadata={"modelspec.license": "CC-BY-SA-4.0"})
     assert found.card == {"license": "cc-by-sa-4.0"}
     found = Input.of("adapter", "x", Path("x.safetensors"), metadata={"modelspec.license": "Mine"})
     assert found.card == {"license": "other", "license_name": "Mine"}
+
+
+def test_what_was_made_here_is_traced_to_the_hub(world, tmp_path):
+    models = [{"model": str(world.results[name])} for name in ("apply", "merge")]
+    lr.merge({"merge_method": "linear", "models": models}, tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == ["tiny/base", "tiny/math", "tiny/code"]
+    assert data.license == "llama3.1"
+
+
+def test_a_base_that_only_the_adapter_names_is_said_to_be_unread(world, tmp_path):
+    lr.compress(world.results["extract"], tmp_path / "out", rank=1)
+    adapters = [{"adapter": str(world.results[name])} for name in ("extract", "other")]
+    lr.merge({"merge_method": "cat", "adapters": adapters}, tmp_path / "both")
+    for out in ("out", "both"):
+        card = ModelCard.load(tmp_path / out / "README.md")
+        assert card.data.base_model == ["tiny/base"]
+        assert "The base `tiny/base` was not read. Its licence may set terms as well." in card.text
+    assert "was not read" not in world.card("compress") + world.card("adapters")
+
+
+def test_a_revision_that_was_asked_for_stays_in_the_command(world, tmp_path):
+    found = Input.of("base", "tiny/base@v1.0", world.snapshot("tiny/base"))
+    assert (found.address, found.name) == ("tiny/base@v1.0", "tiny/base")
+    assert Input.of("fine-tune", "memory", None).address == "FINE-TUNE"
