@@ -12,7 +12,6 @@ OPTIONAL = (
     "accelerate",
     "cupy",
     "matplotlib",
-    "altair",
     "vl_convert",
     "ray",
     "triton",

@@ -7,9 +7,10 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint.checkpoint import Checkpoint
+if TYPE_CHECKING:  # a manifest is read without torch
+    from mergekit_lr.checkpoint.checkpoint import Checkpoint
 
 FILE = "lrmerge.json"
 FORMAT = 1

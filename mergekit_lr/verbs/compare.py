@@ -130,8 +130,7 @@ def compare_triplets(
     left, right, values = _gram(u), _gram(v), torch.cat(s)
     ranks = [len(part) for part in s]
     member = torch.block_diag(*(torch.ones(1, rank) for rank in ranks)).double()  # (tasks, all ranks)
-    if inner is None:
-        inner = member @ ((values[:, None] * left) * (right * values)) @ member.mT
+    inner = member @ ((values[:, None] * left) * (right * values)) @ member.mT if inner is None else inner
     least = torch.minimum(*torch.meshgrid(member.sum(1), member.sum(1), indexing="ij")).clamp_min(1)
     identity = torch.eye(len(values), dtype=torch.float64)
     crossed = (((left - identity) * values) @ (right - identity)).abs().sum()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergekit_lr.verbs.compare import CompareReport
 
 PAGE = "report.html"
-LIBRARIES = ("altair", "vl_convert", "jinja2")
+LIBRARIES = ("vl_convert", "jinja2")
 
 
 @dataclass(frozen=True)

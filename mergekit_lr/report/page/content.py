@@ -156,19 +156,20 @@ def _squeezed(read: Manifest) -> tuple[list[Total], str]:
 
 def _merged(read: Manifest) -> tuple[list[Total], str]:
     space = "" if read.space in ("", "full") else f" in the space {read.space}"
-    what = "models" if read.kind == "model" and not read.adapters else "adapters"
+    what = "adapters" if read.adapters else "models"
+    count = len([ref for ref in read.models if ref != read.base])
     merged = sum(count for state, count in read.states.items() if state == "merged")
     lost = Total(
         "Lost", f"{read.totals.rounding_error or 0.0:.2%}".replace("%", " %"),
         f"of it, by {'truncation' if read.kind == 'adapter' else 'rounding'}",
     )  # fmt: skip
     return [
-        Total("Method", read.method, space.strip() or f"{len(read.models)} {what}"),
+        Total("Method", read.method, space.strip() or f"{count} {what}"),
         Total("Norm of the change", f"{read.totals.norm or 0.0:.4g}", "against the base" if read.base else ""),
         lost,
         Total("Merged", f"{merged}", f"of {sum(read.states.values())} tensors"),
         Total("Size", size(read.written_bytes)),
-    ], f"{len(read.models)} {what} merged by {read.method}{space}."
+    ], f"{count} {what} merged by {read.method}{space}."
 
 
 def _applied(read: Manifest) -> tuple[list[Total], str]:
@@ -206,7 +207,7 @@ def _states(read: Manifest) -> Iterable[tuple[str, int]]:
 
 
 def _facts(read: Manifest) -> Iterable[tuple[str, str]]:
-    given = [read.finetuned, read.source, *read.models] if read.verb != "apply" else []
+    given = [ref for ref in (read.finetuned, read.source, *read.models) if ref != read.base]
     given += [f"{named(one.ref)}, weight {one.weight:g}" for one in read.adapters if one.weight is not None]
     yield from (("Base", named(ref)) for ref in [read.base] if ref)
     yield from (("Input", named(ref)) for ref in given if ref)

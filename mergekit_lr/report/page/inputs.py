@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mergekit_lr.report.page import charts
 from mergekit_lr.report.page.content import Cell
 from mergekit_lr.report.page.manifests import ComparedModule, Comparison
-from mergekit_lr.report.page.parts import Figure, Section, Table, layer_figure
+from mergekit_lr.report.page.parts import Figure, Section, Table, layer_figure, legend
 from mergekit_lr.report.page.places import places_of, short
 
 BARS = 7  # kinds with a colour of their own in the norm budget
@@ -68,7 +69,7 @@ def _maps(comparison: Comparison) -> Section:
         Measure("cosine", "Cosine", "Whether the changes point the same way.", _cosine, diverging=True),
     )
     places = places_of([module.name for module in comparison.modules])
-    figures = tuple(
+    figures = [
         layer_figure(
             f"{measure.id}-map",
             measure.title,
@@ -80,8 +81,11 @@ def _maps(comparison: Comparison) -> Section:
             top=measure.top,
         )
         for measure in measures
-    )
-    return Section("meet", "Where the inputs meet", "Of every module that at least two of them change.", figures)
+    ]
+    # The first stands alone, the others in pairs.
+    figures[0] = replace(figures[0], small=False)
+    text = "Measured in every module that at least two of them change."
+    return Section("meet", "Where the inputs meet", text, tuple(figures))
 
 
 def _budget(comparison: Comparison, cells: Sequence[Cell]) -> Section:
@@ -89,7 +93,7 @@ def _budget(comparison: Comparison, cells: Sequence[Cell]) -> Section:
     squares = _squares(comparison)
     if cells:
         merged: dict[str, float] = {}
-        for cell in cells:
+        for cell in (cell for cell in cells if cell.squared_norm):
             merged[cell.place.kind] = merged.get(cell.place.kind, 0.0) + cell.squared_norm
         squares["merged"] = merged
     kinds = list(dict.fromkeys(kind for held in squares.values() for kind in held))
@@ -113,7 +117,8 @@ def _budget(comparison: Comparison, cells: Sequence[Cell]) -> Section:
         tuple((name, *(f"{summed.get((name, g), 0.0):.4g}" for g in groups), f"{norms[name]:.4g}") for name in squares),
     )
     title, spec = "Norm budget", charts.budget(rows, list(squares), groups, norms)
-    return Section("budget", title, figures=(Figure("budget-chart", title, caption, len(rows), spec, table),))
+    figure = Figure("budget-chart", title, caption, len(rows), spec, table, legend=legend(groups))
+    return Section("budget", title, figures=(figure,))
 
 
 def _squares(comparison: Comparison) -> dict[str, dict[str, float]]:

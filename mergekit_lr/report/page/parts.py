@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,14 @@ class Select(NamedTuple):
     options: tuple[tuple[str, str], ...]
 
 
+class Key(NamedTuple):
+    """One entry of a legend: a colour of the page, the dashes of a line."""
+
+    name: str
+    colour: str
+    dashes: str
+
+
 @dataclass(frozen=True)
 class Figure:
     """A chart with its words. marks: how many lines, cells or bars it draws at first. spec: Vega-Lite.
@@ -43,6 +51,7 @@ class Figure:
     spec: charts.Spec
     table: Table
     selects: tuple[Select, ...] = ()
+    legend: tuple[Key, ...] = ()
     small: bool = False
 
 
@@ -56,6 +65,12 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def legend(kinds: Sequence[str], *, shown: Container[str] | None = None) -> tuple[Key, ...]:
+    """The legend of all kinds, or of those of them that are shown."""
+    keys = (Key(kind, charts.hue(i), " ".join(map(str, charts.dashes(i)))) for i, kind in enumerate(kinds))
+    return tuple(key for key in keys if shown is None or key.name in shown)
 
 
 def layer_figure(

@@ -8,7 +8,7 @@ from mergekit_lr.report.page import charts
 from mergekit_lr.report.page.content import Cell, Content
 from mergekit_lr.report.page.curves import ALL, Curve, curves_of
 from mergekit_lr.report.page.inputs import sections_of_inputs
-from mergekit_lr.report.page.parts import Figure, Section, Select, Table, layer_figure, layer_name
+from mergekit_lr.report.page.parts import Figure, Section, Select, Table, layer_figure, layer_name, legend
 from mergekit_lr.report.page.places import Place, layers_of, short
 from mergekit_lr.report.quantities import percent
 
@@ -57,10 +57,11 @@ def _energy(cells: Sequence[Cell]) -> Section | None:
     )
     if len(whole) > LINES:
         caption += f" At first the {LINES} kinds with the largest changes are shown."
-    shown = [names[curve.kind] for curve in whole if curve.kind in first]
-    spec = charts.energy_chart(rows, shown, select_kind="energy-kind", select_layer="energy-layer")
+    kinds = [names[curve.kind] for curve in whole]
+    spec = charts.energy_chart(rows, kinds, select_kind="energy-kind", select_layer="energy-layer")
     title = "Energy against rank"
-    figure = Figure("energy-chart", title, caption, len(first), spec, _energies(whole), selects)
+    keys = legend(kinds, shown={names[kind] for kind in first})
+    figure = Figure("energy-chart", title, caption, len(first), spec, _energies(whole), selects, keys)
     return Section("energy", title, figures=(figure,))
 
 
