@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -221,6 +221,10 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, kind: str = "") -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client gave up waiting
+            self._write_answer(status, body, headers, kind)
+
+    def _write_answer(self, status: int, body: bytes, headers: dict[str, str] | None, kind: str) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.adapter.open import is_adapter, is_computed, open_adapter
+from mergekit_lr.adapter.peft_write import PREFIX
 from mergekit_lr.checkpoint.checkpoint import Checkpoint, read_config
 from mergekit_lr.checkpoint.safetensors import read_header
 from mergekit_lr.errors import FormatError, UsageError
@@ -99,10 +100,12 @@ def _loaded(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
         config, weights = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
         if not weights.exists():
             raise FormatError(f"{folder}: has an adapter_config.json and no adapter_model.safetensors")
-        if is_computed(config):
-            read_header(weights)  # its factors mean something beside their base alone
-        else:
+        tensors, _ = read_header(weights)
+        if not is_computed(config):  # else its factors mean something beside their base alone
             open_adapter(folder)
+            strange = [name for name in tensors if not name.startswith(PREFIX)]
+            if strange:
+                raise FormatError(f"{weights}: holds {min(strange)}, a name under which PEFT loads nothing")
         return "adapter", [weights], config
     if len(files) == 1 and not (folder / "config.json").exists() and is_adapter(files[0]):
         open_adapter(files[0])

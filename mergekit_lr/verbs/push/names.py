@@ -35,10 +35,10 @@ class Names:
             for ref, name in self.local.items():
                 if name == self.ids.get(ref):
                     known |= {f"path/to/{_last(ref)}": name, _last(ref): name}
-        for ref in sorted(known, key=len, reverse=True):
-            for form in dict.fromkeys((ref, json.dumps(ref)[1:-1])):
-                text = _pattern(form).sub(lambda _, name=known[ref]: name, text)
-        return text
+        forms = {form: name for ref, name in known.items() for form in (ref, json.dumps(ref)[1:-1])}
+        patterns = [_pattern(form) for form in sorted(forms, key=len, reverse=True)]
+        # All at once: a name that was put in is not looked at again.
+        return re.sub("|".join(patterns), lambda match: forms[match[0]], text, flags=re.MULTILINE)
 
     def with_base(self, refs: Iterable[str], name: str) -> Names:
         """The same where all of ``refs`` are called ``name``."""
@@ -138,9 +138,9 @@ def _last_name(ref: str, taken: Iterable[str]) -> str:
     return f"{above}-{name}" if name in set(taken) and above else name
 
 
-def _pattern(ref: str) -> re.Pattern[str]:
+def _pattern(ref: str) -> str:
     """Where ``ref`` stands as a whole: a path anywhere, a bare word only where it is quoted or a value alone."""
     whole = re.escape(ref)
     if "/" in ref or "\\" in ref:
-        return re.compile(rf"(?<![\w./~-]){whole}(?![\w-]|\.\w)")
-    return re.compile(rf"""(?<=["'`]){whole}(?=["'`](?!\s*:))|(?:(?<=: )|(?<=- )){whole}(?=$)""", re.MULTILINE)
+        return rf"(?<![\w./~-]){whole}(?![\w-]|\.\w)"
+    return rf"""(?<=["'`]){whole}(?=["'`](?!\s*:))|(?:(?<=: )|(?<=- )){whole}$"""

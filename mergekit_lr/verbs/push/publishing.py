@@ -48,7 +48,7 @@ def prepared(contents: Contents, repo: str, base_model: Iterable[str]) -> Publis
         names = names.with_base(bases, ids[0])
     texts = {part.name: part.text for part in contents.parts if part.text is not None and not part.is_vocabulary}
     cleaned = {name: names.clean(text, prose=name == CARD) for name, text in texts.items()}
-    notes = _renamed(texts, cleaned, names)
+    notes = _renamed(texts, cleaned, names, contents.folder)
     if CARD in cleaned:
         card = addressed(cleaned[CARD], repo)
         cleaned[CARD] = with_bases(card, ids, "adapter" if contents.kind == "adapter" else "merge") if ids else card
@@ -115,12 +115,12 @@ def _bases(contents: Contents) -> list[str]:
     return list(dict.fromkeys(str(base) for base in bases if base))
 
 
-def _renamed(texts: dict[str, str], cleaned: dict[str, str], names: Names) -> list[str]:
+def _renamed(texts: dict[str, str], cleaned: dict[str, str], names: Names, folder: Path) -> list[str]:
     changed = [name for name in cleaned if cleaned[name] != texts[name]]
-    if not changed:
+    said = [f"{ref} is {name}" for ref, name in names.local.items() if name not in (ref, folder.name)]
+    if not changed or not said:
         return []
-    said = ", ".join(f"{ref} is {name}" for ref, name in names.local.items() if ref != name and "path/to/" not in ref)
-    return [f"{', '.join(changed)}: sent with other names for what lies on this machine: {said}"]
+    return [f"{', '.join(changed)}: sent with other names for what lies on this machine ({', '.join(said)})"]
 
 
 def _on_metadata(card: str, contents: Contents) -> list[str]:

@@ -24,7 +24,7 @@ def told(repo: str, doing: str) -> Iterator[None]:
         session.timeout = SILENCE
     try:
         yield
-    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except (errors.HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise HubError(without_token(f"{repo}: {_refusal(error, doing)}")) from None
 
 
@@ -48,8 +48,10 @@ def _refusal(error: Exception, doing: str) -> str:
         return f"the Hub cannot be asked while {doing} (HF_HUB_OFFLINE is set); unset it"
     if isinstance(cause, errors.RevisionNotFoundError):
         return "has no such revision; name a branch, or leave --revision out"
+    if isinstance(cause, UnicodeEncodeError):
+        return f"the token ({_place()}) has characters that no token has; log in anew with `hf auth login`"
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    said = _first_line(cause)
+    said = _words(cause)
     match status:
         case 401:
             return (
@@ -72,6 +74,8 @@ def _refusal(error: Exception, doing: str) -> str:
             return f"the Hub has trouble of its own while {doing} ({status}); try again later, {AGAIN}"
         case int():
             return f"the Hub refuses it while {doing} ({said})"
+        case _ if isinstance(cause, (KeyError, ValueError)):
+            return f"the Hub's answer while {doing} is not understood ({said}); is HF_ENDPOINT a Hub?"
         case _:
             return f"the connection broke or the Hub cannot be reached while {doing} ({said}); {AGAIN}"
 
@@ -80,7 +84,9 @@ def _place() -> str:
     return "from HF_TOKEN" if os.environ.get("HF_TOKEN") else "of the stored login"
 
 
-def _first_line(error: Exception) -> str:
-    """What the Hub itself said, else the first line of the library's message."""
-    text = getattr(error, "server_message", None) or str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0][:160]
+def _words(error: Exception) -> str:
+    """What the Hub itself said, else the library's message: of an answer without words its first line."""
+    text = getattr(error, "server_message", None)
+    if text is None:
+        text = str(error) if isinstance(error, ValueError) else (str(error).strip().splitlines() or [""])[0]
+    return " ".join(text.split())[:200] or type(error).__name__
