@@ -69,8 +69,8 @@ def write_card(folder: Path, out: str | None, content: Content, inputs: Sequence
     generated = made(Path(out).resolve().name if out else "Result", content, inputs)
     earlier = Path(out) / CARD if out else None
     if earlier is not None and earlier.is_file() and (earlier.parent / FILE).is_file():
-        generated = combined(generated, earlier.read_text(encoding="utf-8-sig", errors="replace"))
-    (folder / CARD).write_text(generated, encoding="utf-8", newline="")
+        generated = combined(generated, earlier.read_bytes().decode("utf-8-sig", errors="surrogateescape"))
+    (folder / CARD).write_bytes(generated.encode("utf-8", errors="surrogateescape"))
 
 
 def made(title: str, content: Content, inputs: Sequence[Input]) -> str:

@@ -20,6 +20,7 @@ CARD = "README.md"
 FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n|\A)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 LARGEST = 1 << 20  # bytes of a card that are looked at
 _REPOSITORY = re.compile(r"models--(.+)")
+_FILE = re.compile(r"[\w.-]+")
 _ASKED = re.compile(r"@([\w./-]+)$")
 _WORD = re.compile(r"[\w][\w./@-]{0,119}")
 # Files that stand for the folder they lie in, so that the card there is theirs.
@@ -67,6 +68,9 @@ class Input:
         folder = place if place.is_dir() else place.parent if place.name.startswith(_OWN_STEMS) else None
         card, note = _card_of(folder) if folder is not None else ({}, None)
         card = licence.named((metadata or {}).get("modelspec.license", "")) | card
+        link = card.get("license_link")
+        if hub and isinstance(link, str) and _FILE.fullmatch(link):
+            card["license_link"] = f"https://huggingface.co/{hub}/blob/{revision}/{link}"
         name = "/".join(part for part in (hub, subfolder) if part) or place.resolve().name
         ours = folder is not None and (folder / FILE).is_file()
         return cls(role, ref, name, hub, revision, subfolder, card, config or {}, note, ours)

@@ -44,6 +44,7 @@ _TASKS = {
 }
 _LABELLED = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForImageClassification")
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OWN_CODE = "The model brings code of its own, which transformers runs with `trust_remote_code=True` only."
 
 
 class Base(NamedTuple):
@@ -120,7 +121,7 @@ def loading_a_model(folder: Path) -> str:
     code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_text(THIS)})"
     text = fenced(code, "python")
     if "auto_map" in config:
-        text += "\n\nThe model brings code of its own, which transformers runs with `trust_remote_code=True` only."
+        text += f"\n\n{_OWN_CODE}"
     parts = [_heading("transformers", text)]
     if name.endswith(_GENERATES):
         code = (
@@ -144,7 +145,8 @@ def _with_peft(config: Mapping[str, Any], base: Base, of_diffusers: bool) -> str
     if loads is None:
         text = "Load the base in the class that the adapter was made for, as `model`; then"
         return f"{text}\n\n{fenced(f'from peft import PeftModel{chr(10)}{chr(10)}{adapted}', 'python')}"
-    return fenced(f"from peft import PeftModel\n{loads}\n{adapted}", "python")
+    own = f"\n\n{_OWN_CODE}" if "auto_map" in base.config else ""
+    return fenced(f"from peft import PeftModel\n{loads}\n{adapted}", "python") + own
 
 
 def _loading(base: Base, config: Mapping[str, Any]) -> str | None:
@@ -189,7 +191,7 @@ def _obstacles(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, s
         )
         if there
     ]
-    found = {"more": " and ".join(more)} if more else {}
+    found = {"more": " and no ".join(more)} if more else {}
     if config.get("target_parameters"):
         found["experts"] = "experts in one stack"
     if config.get("rank_pattern") or config.get("alpha_pattern"):

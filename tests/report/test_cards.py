@@ -15,7 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
-from world import ADAPTERS, MODELS, REVISION, blocks, working_in
+from world import ADAPTERS, MODELS, REVISION, blocks, cached, working_in
 
 import mergekit_lr as lr
 from mergekit_lr.methods.registry import methods
@@ -195,16 +195,17 @@ def test_a_card_edited_by_hand_survives_overwriting(tmp_path):
     out = tmp_path / "out"
     lr.extract(*sides, out, rank=2)
     card = out / "README.md"
-    card.write_text(card.read_text().replace("---\n", "---\nmine: yes\n", 1) + "\nMy own words.\n")
+    mine = b"\nMy own words, \xe9crits par moi.\r\n"  # not even in UTF-8
+    card.write_bytes(card.read_bytes().replace(b"---\n", b"---\nmine: yes\n", 1) + mine)
     lr.extract(*sides, out, rank=3, overwrite=True)
-    text = card.read_text()
-    assert text.endswith("<!-- lrmerge:end -->\n\nMy own words.\n")
-    assert "--rank 3" in text
-    assert "--rank 2" not in text
-    assert "\nmine: yes\n" in text
+    text = card.read_bytes()
+    assert text.endswith(b"<!-- lrmerge:end -->\n" + mine)
+    assert b"--rank 3" in text
+    assert b"--rank 2" not in text
+    assert b"\nmine: yes\n" in text
     (out / "lrmerge.json").unlink()  # now it is somebody else's folder, and goes as a whole
     lr.extract(*sides, out, rank=3, overwrite=True)
-    assert "My own words." not in card.read_text()
+    assert b"My own words" not in card.read_bytes()
 
 
 def test_every_method_has_its_paper():
@@ -225,6 +226,12 @@ def test_the_methods_of_a_merge_are_cited(world):
     assert "TIES-Merging" in world.card("adapters")
     assert "LoRA-Squeeze" in world.card("compress")
     assert blocks(world.card("convert"), "bibtex") == []
+
+
+def test_a_licence_in_a_file_of_the_input_is_linked_to(tmp_path):
+    card = "license: other\nlicense_name: mine\nlicense_link: LICENSE.md\n"
+    found = Input.of("base", "org/base", cached(tmp_path, "org/base", tiny.decoder(), card))
+    assert found.card["license_link"] == f"https://huggingface.co/org/base/blob/{REVISION}/LICENSE.md"
 
 
 def test_files_of_image_tools_name_their_licence_in_their_metadata():
