@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import resource
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from processes import ALONE, ROOM, forking, in_a_group, killed, python, with_a_limit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -581,55 +576,6 @@ def test_no_space_is_said_before_anything_is_written(model, adapter, tmp_path, m
 
 # --- killed, and in little memory ---
 
-# Imports once, then does the work of each line of its input in a process of its own.
-FORKING = """
-    import os, sys, time
-    import torch, mergekit_lr as lr
-    from mergekit_lr.graph import schedule
-    from mergekit_lr.verbs import apply
-    schedule.BATCH_BYTES = 1 << 18  # many small batches
-    def step(progress):
-        print("step", flush=True)
-        time.sleep(0.01)
-    print("ready", flush=True)
-    for _ in iter(sys.stdin.readline, ""):
-        child = os.fork()
-        if child == 0:
-            lr.apply({base!r}, [({adapter!r}, 0.8)], {out!r}, resume=True, progress=step, **{options!r})
-            os._exit(0)
-        print("child", child, flush=True)
-        print("ended", os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-def python(code: str, base: Path, adapter: Path, out: Path, **options) -> subprocess.Popen:
-    text = textwrap.dedent(code).format(base=str(base), adapter=str(adapter), out=str(out), options=options)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", text], stdin=pipe, stdout=pipe, text=True, env=environment)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def killed(process: subprocess.Popen, steps: int, delay: float) -> int:
-    """Start one run, kill it ``delay`` seconds after so many steps, and return its exit status."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    pid = seen = 0
-    for line in process.stdout:
-        word, *rest = line.split()
-        pid = int(rest[0]) if word == "child" else pid
-        seen += word == "step"
-        if word == "ended":
-            return int(rest[0])
-        if pid and seen == steps:
-            time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
-    raise AssertionError("the process that forks ended")
-
 
 def test_ten_kills_and_the_same_bytes(tmp_path, monkeypatch):
     base = tiny.decoder(dtype=torch.bfloat16, hidden=240, layers=6)
@@ -637,7 +583,8 @@ def test_ten_kills_and_the_same_bytes(tmp_path, monkeypatch):
     adapter, out = lora(tmp_path / "adapter", base), tmp_path / "out"
     lr.apply(tmp_path / "base", [(adapter, 0.8)], tmp_path / "whole", rounding="stochastic")
     chance = random.Random(0)
-    process = python(FORKING, tmp_path / "base", adapter, out, rounding="stochastic")
+    given = f"{str(tmp_path / 'base')!r}, [({str(adapter)!r}, 0.8)], {str(out)!r}"
+    process = forking(f'lr.apply({given}, resume=True, progress=step, rounding="stochastic")')
     journal, lengths = tmp_path / "out.partial" / "journal.jsonl", []
     for _ in range(10):
         assert killed(process, chance.randrange(1, 8), 0.03 * chance.random()) == signal.SIGKILL
@@ -674,19 +621,6 @@ def test_another_request_does_not_continue_a_journal(model, adapter, tmp_path):
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(out).items())
 
 
-ALONE = """
-    import sys
-    import torch, mergekit_lr as lr
-    from mergekit_lr.verbs import apply
-    print("ready", flush=True)
-    sys.stdin.readline()
-    lr.apply({base!r}, [({adapter!r}, 0.8)], {out!r}, **{options!r})
-    print("done", flush=True)
-"""
-GROUP = Path("/sys/fs/cgroup/memory")
-ROOM = 96 << 20
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A model whose table alone is larger than the memory that there will be, and an adapter."""
@@ -699,30 +633,10 @@ def large(tmp_path_factory) -> Path:
     return folder
 
 
-def in_a_group(process: subprocess.Popen) -> Path:
-    """Let the kernel give ``process`` no more than ROOM beyond what it holds, its libraries, already."""
-    group = GROUP / f"lrmerge-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(ROOM))
-        (group / "cgroup.procs").write_text(str(process.pid))
-    except OSError:
-        process.kill()
-        process.communicate()
-        pytest.skip("no memory control group of version 1 can be made here")
-    return group
-
-
-def with_a_limit(process: subprocess.Popen) -> None:
-    """The same for anonymous memory alone, which needs no privileges."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    data = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (data + ROOM, data + ROOM))
-
-
 @pytest.mark.parametrize("limit", [in_a_group, with_a_limit])
 def test_memory_does_not_grow_with_the_model(limit, large, tmp_path):
-    process = python(ALONE, large / "base", large / "adapter", tmp_path / "out", threads=1)
+    base, adapter, out = str(large / "base"), str(large / "adapter"), str(tmp_path / "out")
+    process = python(ALONE.format(work=f"lr.apply({base!r}, [({adapter!r}, 0.8)], {out!r}, threads=1)"))
     group = limit(process)
     try:
         told, _ = process.communicate("go\n")
