@@ -70,4 +70,5 @@ def test_readme_names_every_command_and_no_other():
 
 def test_every_example_is_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(re.findall(r"`([\w/]+\.\w+)`", text))
+    files = {path.name for ending in ("py", "ipynb") for path in EXAMPLES.glob(f"*.{ending}")}
+    assert files <= set(re.findall(r"`([\w/]+\.\w+)`", text))
