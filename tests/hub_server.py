@@ -4,8 +4,9 @@ It knows repositories with revisions, private and gated ones, and records every 
 Reading: model information, tree listing, and resolving a file (HEAD and GET, byte ranges), large files behind a
 redirect as on the Hub itself. Writing is in ``hub_writing``, what it holds and what goes wrong in ``hub_state``.
 
-It has no Xet storage. Where hf_xet is installed the client takes no other way than Xet, whatever the server answers,
-unless ``HF_HUB_DISABLE_XET=1`` is set; then it uploads as LFS.
+Where hf_xet is installed the client takes no other way than Xet, whatever the server answers, unless
+``HF_HUB_DISABLE_XET=1`` is set; then it uploads as LFS. Xet storage is another service, for which a Hub only gives a
+token and an address; this one gives that of a folder, which hf_xet takes for a storage as well.
 """
 
 from __future__ import annotations
@@ -110,6 +111,11 @@ class _Handler(Writing, BaseHTTPRequestHandler):
             if not self.logged_in:
                 return self._refuse(401, "", "Invalid credentials in Authorization header")
             return self._json(200, {"type": "user", "name": "me", "orgs": []})
+        if parts[4:5] == ["xet-write-token"]:
+            if not self.logged_in or self.hub.xet is None:
+                return self._refuse(403, "", "no writing here")
+            later = int(time.time()) + 3600
+            return self._json(200, {"casUrl": f"local://{self.hub.xet}", "exp": later, "accessToken": "for Xet alone"})
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
         if parts[:2] == ["api", "collections"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 TOKEN = "hf_onlyForThisTest"
 LARGE = (".safetensors", ".bin", ".model")  # kept as LFS objects
@@ -55,7 +56,8 @@ class Hub:
     requests: (method, path, Authorization header) of every request so far. received: (path, bytes) of every body that
     was sent by PUT, whole or cut. objects: stored weights by SHA-256. chunk: bytes of a part of a multipart upload.
     token: of the owner of everything; others are of people who may see what is public. revoked: tokens of nobody.
-    readonly: whether the owner's may only read. down: answer nothing but 503.
+    readonly: whether the owner's may only read. xet: folder of a Xet storage, where the client shall use one.
+    down: answer nothing but 503.
     """
 
     endpoint: str
@@ -72,6 +74,7 @@ class Hub:
     revoked: set[str] = field(default_factory=set)
     chunk: int = 4096
     readonly: bool = False
+    xet: Path | None = None
     down: bool = False
 
     def fetched(self) -> set[str]:

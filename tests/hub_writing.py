@@ -140,6 +140,8 @@ class Writing:
                 files[path] = base64.b64decode(value["content"])
             elif key == "lfsFile" and value["oid"] in self.hub.verified:
                 files[path] = self.hub.objects[value["oid"]]
+            elif key == "lfsFile" and self.hub.xet is not None:
+                files[path] = f"in Xet: {value['oid']}".encode()
             elif key == "deletedFile" and path in files:
                 del files[path]
             else:

@@ -179,6 +179,24 @@ def test_a_slow_connection_is_waited_for(served: Hub, adapter):
     assert push(adapter).code == 0
 
 
+def test_weights_go_by_xet_where_it_is_installed(served: Hub, model, tmp_path, monkeypatch):
+    """The way that a client with hf_xet takes by itself: to a storage of its own, here a folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    refused(push(model), REPO, "sending model-00001-of-00003.safetensors", "needs write access")
+    assert served.commits == []
+
+    served.xet = tmp_path / "storage"
+    ended = push(model)
+    assert ended.code == 0, ended
+    shards = sorted(model.glob("*.safetensors"))
+    assert all(files(served)[shard.name].decode().endswith(served_name(shard)) for shard in shards)
+    stored = sum(path.stat().st_size for path in served.xet.rglob("*") if path.is_file())
+    assert stored > sum(shard.stat().st_size for shard in shards) / 2
+    assert served.uploaded() == 0
+
+
 def test_a_dry_run_changes_nothing(served: Hub, adapter):
     served.repositories[REPO] = Repository({"main": {"lrmerge.json": b"{}", "old.safetensors": b"x", "mine.png": b"y"}})
     before = dict(served.repositories[REPO].files["main"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import planted
 import pytest
 import tiny
+import torch
 from hub_server import Hub, Repository
 from pushing import BASE, REPO, copied, files, push, refused, results, with_base
 from safetensors.torch import load_file, save_file
@@ -266,6 +267,30 @@ def test_a_folder_of_another_tool(served: Hub, tmp_path):
     assert "no README.md" in ended.err
     assert files(served).keys() == {"config.json", "model.safetensors"}
     assert f'LlamaForCausalLM.from_pretrained("{REPO}")' in ended.out
+
+
+def test_an_adapter_that_names_no_base_gets_one(served: Hub, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    (adapter / "lrmerge.json").unlink()
+    assert push(adapter, base=None).code == 0
+    assert push(adapter, "--overwrite").code == 0
+    assert json.loads(files(served)["adapter_config.json"])["base_model_name_or_path"] == BASE
+
+
+def test_a_file_of_another_dialect_in_a_folder(served: Hub, tmp_path):
+    file = tmp_path / "kohya" / "lora.safetensors"
+    file.parent.mkdir()
+    with_base(served)
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    factors = {f"{module}.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
+    save_file({**factors, f"{module}.alpha": torch.tensor(4.0)}, file)
+    manifest = {"verb": "convert", "inputs": {"adapter": {"ref": str(tmp_path / "in")}}, "out": str(file)}
+    (file.parent / "lora.lrmerge.json").write_text(json.dumps(manifest))
+    ended = push(file.parent)
+    assert ended.code == 0, ended
+    assert files(served).keys() == {"lora.safetensors", "lora.lrmerge.json"}
+    assert str(tmp_path).encode() not in files(served)["lora.lrmerge.json"]
 
 
 def test_planted_token_is_the_one_in_use(served: Hub, adapter):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from mergekit_lr.errors import FormatError
 from mergekit_lr.report.loading import addressed
+from mergekit_lr.report.manifest import FILE
 from mergekit_lr.verbs.push.cards import metadata_of, with_bases
 from mergekit_lr.verbs.push.contents import Contents
 from mergekit_lr.verbs.push.leaks import leaks
 from mergekit_lr.verbs.push.names import Names, names_of
 
 CARD = "README.md"
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def prepared(contents: Contents, repo: str, base_model: Iterable[str]) -> Publis
         FormatError: a card without valid metadata or without a base that the Hub knows.
         UsageError: an id in ``base_model`` that fits no base.
     """
-    bases = _bases(contents)
+    base_model = list(base_model)
+    bases = _bases(contents) or [name for name in base_model if "=" not in name]
     names = names_of(contents.manifest, bases, contents.folder, base_model)
     ids = [names.ids[ref] for ref in bases if ref in names.ids]
     ids = list(dict.fromkeys(ids[:1] if contents.kind == "adapter" else ids))
@@ -48,12 +51,14 @@ def prepared(contents: Contents, repo: str, base_model: Iterable[str]) -> Publis
         names = names.with_base(bases, ids[0])
     texts = {part.name: part.text for part in contents.parts if part.text is not None and not part.is_vocabulary}
     cleaned = {name: names.clean(text, prose=name == CARD) for name, text in texts.items()}
+    if contents.kind == "adapter" and ids:
+        cleaned |= _with_base(cleaned.get(CONFIG), ids[0])
     notes = _renamed(texts, cleaned, names, contents.folder)
     if CARD in cleaned:
         card = addressed(cleaned[CARD], repo)
         cleaned[CARD] = with_bases(card, ids, "adapter" if contents.kind == "adapter" else "merge") if ids else card
         notes += _on_metadata(cleaned[CARD], contents)
-    elif contents.manifest:
+    elif contents.text_of(FILE) is not None:
         raise FormatError(f"{contents.folder / CARD}: the model card is missing; write the result again")
     else:
         notes.append(f"no {CARD}: the repository will have no card that says what this is")
@@ -91,7 +96,7 @@ def loading(contents: Contents, repo: str) -> str:
     if example and repo in example[1]:
         return example[1].strip()
     if contents.kind == "adapter" and contents.config:
-        base = json.loads(contents.text_of("adapter_config.json") or "{}").get("base_model_name_or_path") or "BASE"
+        base = json.loads(contents.text_of(CONFIG) or "{}").get("base_model_name_or_path") or "BASE"
         return (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
@@ -113,6 +118,13 @@ def _bases(contents: Contents) -> list[str]:
     elif not bases:
         bases += [manifest.get("base"), *(manifest.get("models") or ())]
     return list(dict.fromkeys(str(base) for base in bases if base))
+
+
+def _with_base(config: str | None, name: str) -> dict[str, str]:
+    """The configuration of an adapter that names no base, with one: PEFT and servers find the base by it."""
+    if config is None:
+        return {}
+    return {CONFIG: re.sub(r'("base_model_name_or_path":\s*)(?:null|"")', rf'\g<1>"{name}"', config)}
 
 
 def _renamed(texts: dict[str, str], cleaned: dict[str, str], names: Names, folder: Path) -> list[str]:

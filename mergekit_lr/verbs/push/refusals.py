@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from mergekit_lr.errors import HubError
 
 SETTINGS = "https://huggingface.co/settings/tokens"
 AGAIN = "what was sent is kept there, so the same command goes on from it"
+# hf_xet has no other form for what its storage, or the Hub, answered to it.
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 # Seconds without a byte after which a connection counts as broken; by itself the library waits for ever.
 SILENCE = 300.0
 
@@ -51,6 +54,8 @@ def _refusal(error: Exception, doing: str) -> str:
     if isinstance(cause, UnicodeEncodeError):
         return f"the token ({_place()}) has characters that no token has; log in anew with `hf auth login`"
     status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status is None and (named := XET_STATUS.search(str(cause))):
+        status = int(named[1])
     said = _words(cause)
     match status:
         case 401:
