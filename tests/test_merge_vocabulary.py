@@ -460,9 +460,10 @@ WITH_MERGEKIT: dict[str, dict[str, Any]] = {
     "a model": {"tokenizer_source": "CODE"},
     "a task vector": {"tokenizer_source": "union", "merge_method": "task_arithmetic"},
     "ties": {"tokenizer_source": "union", "merge_method": "ties"},
-    "tied": {"tokenizer_source": "union", "tied": True},
+    "tied": {"tokenizer_source": "union", "end": "-tied"},
     "no base": {"tokenizer_source": "union", "base_model": None},
-    "padded": {"tokenizer": {"source": "union", "pad_to_multiple_of": 32}},
+    "rows without a token": {"tokenizer": {"source": "base", "pad_to_multiple_of": 1}, "end": "-padded"},
+    "a multiple": {"tokenizer": {"source": "union", "pad_to_multiple_of": 32}},
     "tokens": {
         "tokenizer": {
             "source": "union",
@@ -487,7 +488,7 @@ def test_equals_mergekit(zoo, tmp_path):
     runs = []
     for name, given in WITH_MERGEKIT.items():
         own = dict(given)
-        end = "-tied" if own.pop("tied", False) else ""
+        end = own.pop("end", "")
         method = own.get("merge_method", "linear")
         made = recipe(zoo, f"math{end}", f"code{end}", base=f"base{end}", method=method, dtype="float32") | own
         if method == "linear" and made["base_model"] is not None:  # mergekit averages the base too; here all are listed
