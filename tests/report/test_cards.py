@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import tiny
+from hub_server import Repository, hub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from world import ADAPTERS, MODELS, REVISION, blocks, cached, working_in
 
 import mergekit_lr as lr
@@ -264,3 +268,22 @@ def test_a_revision_that_was_asked_for_stays_in_the_command(world, tmp_path):
     found = Input.of("base", "tiny/base@v1.0", world.snapshot("tiny/base"))
     assert (found.address, found.name) == ("tiny/base@v1.0", "tiny/base")
     assert Input.of("fine-tune", "memory", None).address == "FINE-TUNE"
+
+
+def test_models_of_the_hub_are_known_by_their_ids(tmp_path):
+    base, config = tiny.decoder(), json.dumps(tiny.CONFIG).encode()
+    readme = b"---\nlicense: gemma\n---\n"
+    files = {"config.json": config, "model.safetensors": save(base), "README.md": readme}
+    tuned = {"config.json": config, "model.safetensors": save(tiny.finetuned(base))}
+    repositories = {"org/base": Repository({"main": tuned, "v1.0": files}), "org/tuned": Repository({"main": tuned})}
+    with hub(repositories) as server:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        settings = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.endpoint, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lrmerge", "extract", "org/base@v1.0", "org/tuned", "-o", "out", "-q"]
+        subprocess.run(command, check=True, cwd=tmp_path, env=clean | settings)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ["org/base"]
+    assert card.data.license == "gemma"
+    assert 'from_pretrained("org/base", revision="v1.0")' in card.text
+    assert "lrmerge extract org/base@v1.0 org/tuned -o OUT" in card.text
+    assert str(tmp_path) not in card.content
