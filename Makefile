@@ -28,7 +28,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: .venv/dev
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --write-all docs build/docs
 
 fmt: .venv/dev
 	$(BIN)/ruff check --fix .
