@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -159,6 +160,13 @@ def normalised(zoo: Path, found: Mapping[str, float], *, adapters: bool) -> dict
     return shares | {"average": sum(shares.values()) / len(shares)}
 
 
+def standard_error(zoo: Path, tasks: Sequence[str], *, split: str, limit: int | None, adapters: bool) -> float:
+    """Of a normalised average on so many examples, if merges are about as accurate as fine-tunes."""
+    own = json.loads((zoo / "zoo.json").read_text())["lora" if adapters else "full"]
+    count = len(script(zoo, "evaluate").load_split(tasks[0], split)[0][:limit])
+    return math.sqrt(sum((1 - own[task]) / own[task] for task in tasks) / count) / len(tasks)
+
+
 def reference(zoo: Path, names: Sequence[str], *, adapters: bool) -> dict[str, float]:
     """The normalised averages of the zoo's README by name, for the very models or adapters that it merged."""
     text = (zoo / "README.md").read_text()
@@ -213,7 +221,9 @@ def show(zoo: Path, inputs: Sequence[Path], args: argparse.Namespace, *, adapter
     wanted = args.methods.split(",") if args.methods else [*lr.methods()]
     spaces = args.spaces.split(",")
     left_out = [name for name in wanted if not fits(lr.methods()[name], len(inputs), adapters=adapters)]
-    print(f"\n{len(inputs)} {'LoRAs' if adapters else 'full fine-tunes'}, normalised accuracy in %")
+    error = standard_error(zoo, tasks, split=args.split, limit=args.limit, adapters=adapters)
+    kind = "LoRAs" if adapters else "full fine-tunes"
+    print(f"\n{len(inputs)} {kind}, normalised accuracy in %; standard error of an average {100 * error:.1f}")
     print(f"not for {len(inputs)} of them: {', '.join(left_out) or 'none'}")
     print(f"{'':66}{''.join(f'{task:>9}' for task in [*tasks, 'average'])}{'table':>7}{'diff':>7}")
     alone = json.loads((zoo / "zoo.json").read_text())["base"]

@@ -46,7 +46,7 @@ def merged(given: zoo_merge.Row, loras: list[Path], out: Path) -> dict[str, torc
 
 def test_full_fine_tunes_are_best_with_tsv_then_ties_then_the_average(finetuned):
     average, ties, tsv = (
-        zoo_merge.measured(ZOO, given, finetuned, adapters=False, limit=100)["average"]
+        zoo_merge.measured(ZOO, given, finetuned, adapters=False, limit=80)["average"]
         for given in (row("linear"), row("ties", density=0.2), row("tsv_m"))
     )
     assert tsv > ties > average
@@ -69,9 +69,10 @@ def test_a_space_changes_nothing_of_a_rule_that_does_not_depend_on_the_basis(giv
             torch.testing.assert_close(found[name], wanted[name], atol=atol, rtol=0)
 
 
-def test_core_space_is_no_worse_than_null_directions_for_iso_c(loras):
+def test_iso_c_in_core_space_is_no_worse_than_with_null_directions(loras):
+    # Dense deltas of rank 128 made isotropic in all 384 directions, as published; each at its scale from validation.
     core, full = (
-        zoo_merge.measured(ZOO, given, loras, adapters=True, limit=40)["average"]
-        for given in (row("iso_c", "core"), row("iso_c", "full", support="full"))
+        zoo_merge.measured(ZOO, given, loras, adapters=True, limit=25)["average"]
+        for given in (row("iso_c", "core"), row("iso_c", support="full", scale=2.0))
     )
     assert core >= full
