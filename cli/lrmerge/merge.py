@@ -94,11 +94,14 @@ def _show(report: MergeReport, *, verbose: bool) -> None:
 
     most = sorted(report.tensors, key=lambda tensor: -tensor.squared_norm)
     shown = report.tensors if verbose else most[:8]
-    rows = table(name("tensor"), number("shape"), number("rank"), number("change"), word("state"))
+    truncated = any(tensor.rank is not None and tensor.rounding for tensor in report.tensors)
+    lost = [number("lost")] if truncated else []
+    rows = table(name("tensor"), number("shape"), number("rank"), number("change"), *lost, word("state"))
     names = shortened([tensor.name for tensor in shown], 60)
     for tensor in shown:
         shape, rank = "x".join(map(str, tensor.shape)), "" if tensor.rank is None else str(tensor.rank)
-        rows.add_row(names[tensor.name], shape, rank, f"{tensor.norm:.4g}", tensor.state)
+        lost = [f"{tensor.error:.2%}".replace("%", " %")] if truncated else []
+        rows.add_row(names[tensor.name], shape, rank, f"{tensor.norm:.4g}", *lost, tensor.state)
     out.print(rows)
     if len(shown) < len(report.tensors):
         out.print(f"the most changed of {len(report.tensors)} tensors; all of them with -v", style="dim")
