@@ -5,6 +5,7 @@ They land in docs/methods/ and docs/json/, which git ignores. A method that is a
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def method_page(method: Method) -> str:
         "Spaces": ", ".join(method.spaces),
         "Source": f"[{cited}]({link})",
     }
-    parts.append("\n".join(f"{_escaped(term)}\n: {_escaped(fact)}\n" for term, fact in facts.items()))
+    parts.append("\n".join(f"{term}\n: {_typeset(fact)}\n" for term, fact in facts.items()))
     if said.parameters:
         parts += ["## Parameters", _parameters(method, said.parameters)]
     parts += ["## Example", f"```yaml\n{example(method)}```"]
@@ -64,6 +65,12 @@ def _parameters(method: Method, said: Any) -> str:
         default = "needed" if parameter.required else "" if parameter.default is None else f"`{parameter.default}`"
         rows.append(f"| `{name}` | {default} | {_escaped(f'{text} {values(parameter)}')} |")
     return "\n".join(rows)
+
+
+def _typeset(text: str) -> str:
+    """The text with every O(...) as a formula; brackets inside have partners, at most one deep."""
+    parts = re.split(r"(O\((?:[^()]|\([^()]*\))*\))", text)
+    return "".join(f"${tex(part)}$" if i % 2 else _escaped(part) for i, part in enumerate(parts))
 
 
 def _escaped(text: str) -> str:

@@ -43,7 +43,7 @@ LEFT_OUT = {
     ApplyReport: {"tensors"},
     MergeReport: {"result", "adapter"},
 }
-RENAMED = {MergeReport: {"format": "dialect"}, PushReport: {"nbytes": "bytes"}}
+RENAMED: dict[Any, dict[str, str]] = {MergeReport: {"format": "dialect"}, PushReport: {"nbytes": "bytes"}}
 IMPORTED = {
     "Tensor": Any,
     "Adapter": Any,
@@ -63,6 +63,31 @@ TOTALS = {
     MergeReport: ("norm", "rounding_error"),
     PushReport: ("nbytes", "states"),
 }
+COMMON = {  # what a key is wherever the docstring has no need to say it
+    "totals": "Figures of the whole result.",
+    "base": "The base model.",
+    "finetuned": "The fine-tune.",
+    "source": "What was read.",
+    "repo": "Its name on the Hub.",
+    "ref": "What was read.",
+    "name": "Of the tensor, file or module.",
+    "kind": "How the weight maps to a matrix.",
+    "shape": "Of the weight.",
+    "dtype": "Of the result's tensors.",
+    "nbytes": "Size in bytes.",
+    "seconds": "What it took.",
+    "verb": "The command.",
+    "notes": "What a user should know.",
+    "read_bytes": "Of what was read.",
+    "written_bytes": "Of what was written.",
+    "peak_bytes": "The most memory held.",
+    "space": "Where the method ran.",
+    "files": "With their bytes.",
+    "config": "The configuration that was written.",
+    "interference": "0 where no direction of one adapter is shared by another.",
+    "hints": "What the figures suggest.",
+    "modules": "One by one.",
+}
 WORST = {"type": ["string", "null"], "description": "The module with the largest relative error."}
 
 
@@ -71,7 +96,9 @@ def of(report: Any) -> Schema:
     said, hints = _said(report.__doc__ or ""), get_type_hints(report, localns=IMPORTED)
     names = [field.name for field in fields(report) if field.name not in LEFT_OUT.get(report, set())]
     called = RENAMED.get(report, {})
-    keys = {called.get(name, name): _typed(hints[name]) | _description(said.get(name, "")) for name in names}
+    keys: dict[str, Schema] = {}
+    for name in names:
+        keys[called.get(name, name)] = _typed(hints[name]) | _description(said.get(name) or COMMON.get(name, ""))
     keys |= {name: _property(report, name) for name in ADDED.get(report, ())}
     if report is ModuleView:
         keys["rank_99"] = {"type": "integer"} | _description(ModuleView.rank_for.__doc__ or "")
@@ -80,10 +107,11 @@ def of(report: Any) -> Schema:
         keys["adapters"] = {"type": "array", "items": _closed(adapter)}
     if report in TOTALS:
         found = {name: keys[name] if name in keys else _property(report, name) for name in TOTALS[report]}
-        totals = {called.get(name, name): schema for name, schema in found.items()}
+        totals: dict[str, Schema] = {called.get(name, name): schema for name, schema in found.items()}
         totals |= {"worst": WORST} if hasattr(report, "worst") else {}
         # A merge counts its states beside the other totals, under their own names.
-        keys = {"totals": _closed(totals) if report is not MergeReport else _open(totals)} | keys
+        whole = _open(totals) if report is MergeReport else _closed(totals)
+        keys = {"totals": whole | _description(COMMON["totals"])} | keys
     return _closed(keys) | _description((report.__doc__ or "").partition("\n\n")[0])
 
 

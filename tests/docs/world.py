@@ -1,9 +1,9 @@
 """The folder in which the pages are read: models and adapters under the names that the pages use, all tiny.
 
 org/base has 16 layers, as models of a billion parameters have, so that ranges of layers in recipes are usual ones.
-org/math, org/code and org/chat are fine-tunes of it, org/math-lora, org/code-lora (rank 8) and org/chat-lora (rank 4)
-adapters, which started from the same A, as adapters of one training script do. style.safetensors is a kohya file for a
-UNet. examples/ is the project's own.
+org/math, org/code and org/chat are fine-tunes of it, org/tools one with two tokens more. org/math-lora, org/code-lora
+(rank 8) and org/chat-lora (rank 4) are adapters that started from the same A, as those of one training script do.
+style.safetensors is a kohya file for a UNet. examples/ is the project's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, PREFIX, decoder, finetuned, save
+from tiny import CONFIG, HEAD, PREFIX, TABLE, VOCABULARY, decoder, finetuned, save
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HIDDEN = 16, 24
@@ -24,9 +26,12 @@ def build(folder: Path) -> Path:
     """Writes the world into ``folder``."""
     base = decoder(hidden=HIDDEN, layers=LAYERS, dtype=torch.bfloat16)
     config = CONFIG | {"num_hidden_layers": LAYERS, "torch_dtype": "bfloat16"}
-    save(folder / "org" / "base", base, config=config)
+    _tokenizer(save(folder / "org" / "base", base, config=config))
+    tools = finetuned(base, seed=9, rank=4)
+    tools |= {name: torch.cat([tools[name], tools[name][:2]]) for name in (TABLE, HEAD)}
+    _tokenizer(save(folder / "org" / "tools", tools, config=config | {"vocab_size": VOCABULARY + 2}), more=2)
     for seed, (task, rank) in enumerate(TASKS.items(), start=1):
-        save(folder / "org" / task, finetuned(base, seed=seed, rank=rank), config=config)
+        _tokenizer(save(folder / "org" / task, finetuned(base, seed=seed, rank=rank), config=config))
         _adapter(folder / "org" / f"{task}-lora", base, rank=rank, seed=seed)
     (folder / "org" / "finetuned").symlink_to("math")
     _kohya(folder / "style.safetensors")
@@ -72,3 +77,11 @@ def _kohya(file: Path) -> None:
         tensors[f"{module}.alpha"] = torch.tensor(2.0)
     facts = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_network_module": "networks.lora"}
     save_file(tensors, file, metadata=facts)
+
+
+def _tokenizer(folder: Path, more: int = 0) -> None:
+    """One word for each row of the tables, and ``more`` for calls of tools."""
+    words = [f"word{i}" for i in range(VOCABULARY)] + ["<call>", "<result>"][:more]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
