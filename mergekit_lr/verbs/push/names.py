@@ -46,14 +46,12 @@ class Names:
         return Names(self.local | local, self.ids | local)
 
 
-def names_of(
-    manifest: dict[str, Any], bases: Iterable[str], folder: Path, given: Iterable[str], beside: Iterable[str] = ()
-) -> Names:
+def names_of(manifest: dict[str, Any], bases: Iterable[str], folder: Path, given: Iterable[str]) -> Names:
     """The names of everything that a result refers to.
 
     Args:
         manifest: content of lrmerge.json. bases: what the card and the adapter's config call the base. folder: of the
-            result. given: ``--base-model`` values: a Hub id of the one base, or ``REF=ID``. beside: other references.
+            result. given: ``--base-model`` values: a Hub id of the one base, or ``REF=ID``.
 
     Raises:
         UsageError: a given id that is none, or that could mean several bases.
@@ -63,7 +61,7 @@ def names_of(
     inputs = list((manifest.get("inputs") or {}).values())
     from_hub = {entry["ref"] for entry in inputs if "revision" in entry}
     from_here = {entry["ref"] for entry in inputs if "revision" not in entry}
-    refs = {part for ref in (*from_hub, *from_here, *_references(manifest), *bases, *beside) for part in _parts(ref)}
+    refs = {part for ref in (*from_hub, *from_here, *_references(manifest), *bases) for part in _parts(ref)}
     local: dict[str, str] = {}
     ids: dict[str, str] = {}
     for ref in sorted(refs | mapping.keys()):
