@@ -22,6 +22,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mergekit_lr.errors import LrmergeError, printable
+from mergekit_lr.report.quantities import duration as duration
+from mergekit_lr.report.quantities import percent as percent
+from mergekit_lr.report.quantities import size as size
 
 if TYPE_CHECKING:
     from mergekit_lr.graph.run import Progress as Step
@@ -141,25 +144,3 @@ def shortened(names: Sequence[str], room: int) -> dict[str, str]:
     """Each name without ``.weight``, and without its beginning where it has no room: the end tells names apart."""
     bare = {name: name.removesuffix(".weight") for name in names}
     return {name: text if len(text) <= room else "…" + text[1 - room :] for name, text in bare.items()}
-
-
-def size(nbytes: float) -> str:
-    """``nbytes`` in the unit that a person would use."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def percent(share: float) -> str:
-    """A share with two decimals, never rounded up to 100 %."""
-    return "100 %" if share >= 1 else f"{min(share, 0.9999):.2%}".replace("%", " %")

@@ -16,8 +16,8 @@ class ModuleFigures:
 
     rank: of its factors. stored: numbers in them. squared_norm: ||delta||^2. kept: the part of it that the factors
     hold. excess: the certificate of the truncation, a bound on how far its error is above the least possible one at
-    this rank (0.01 is 1 %). singular_values: of the delta as far as they were computed, of the largest expert in a
-    stack. seconds: of computing.
+    this rank (0.01 is 1 %). singular_values: of the delta as far as they were computed; of a stack, the root of
+    the summed squares over its experts. seconds: of computing.
     """
 
     name: str

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from statistics import fmean
 
 from mergekit_lr.errors import UsageError
+from mergekit_lr.report.page.places import Place, kinds_of, layers_of, places_of
 from mergekit_lr.verbs.compare import CompareReport
 
 PANELS = (
@@ -51,24 +52,18 @@ def draw_comparison(report: CompareReport, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def by_layer(report: CompareReport) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-    """Layers, kinds of module, and the interference of each pair: ``layers.3.mlp.up_proj`` is layer 3, mlp.up_proj."""
-    parts = [re.fullmatch(r"(?:(.*?)\.)?(\d+)\.(.+)", m.name.removesuffix(".weight")) for m in report.modules]
-    stacks = {part[1] for part in parts if part}
-    cells: dict[tuple[str, str], float] = {}
-    for module, part in zip(report.modules, parts, strict=True):
-        layer, kind = (part[2], part[3]) if part else ("-", module.name.removesuffix(".weight"))
-        if part and len(stacks) > 1:  # an encoder and a decoder count their layers on their own
-            kind = f"{part[1]}: {kind}"
-        cells[layer, kind] = module.interference
-    layers = sorted({layer for layer, _ in cells}, key=lambda text: (text == "-", int(text) if text != "-" else 0))
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    return layers, kinds, cells
+def by_layer(report: CompareReport) -> tuple[list[str], list[str], dict[Place, float]]:
+    """Layers, kinds of module, and the interference at each place, the mean where experts share one."""
+    places = places_of([module.name for module in report.modules])
+    groups: dict[Place, list[float]] = {}
+    for place, module in zip(places, report.modules, strict=True):
+        groups.setdefault(place, []).append(module.interference)
+    return layers_of(places), kinds_of(places), {place: fmean(values) for place, values in groups.items()}
 
 
 def _draw_interference(figure, axis, report: CompareReport) -> None:
     layers, kinds, cells = by_layer(report)
-    grid = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in kinds]
+    grid = [[cells.get(Place(layer, kind), float("nan")) for layer in layers] for kind in kinds]
     image = axis.imshow(grid, aspect="auto", cmap="magma", vmin=0)
     axis.set_xticks(range(len(layers)), layers)
     axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
