@@ -115,7 +115,7 @@ def _hub_id(text: str) -> str | None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     repo = _on_hub(Path(text))[0] or text.partition("@")[0]
-    if repo.count("/") != 1 or Path(repo).exists():
+    if repo.count("/") != 1 or _exists(repo):
         return None
     try:
         validate_repo_id(repo)
@@ -130,10 +130,12 @@ def portable(text: str, inputs: Sequence[Input]) -> str:
     if text in named:
         return named[text]
     parts = text.split("+")  # MODEL+LORA
-    if len(parts) > 1 and not Path(text).exists():
+    if len(parts) > 1 and not _exists(text):
         return "+".join(portable(part, inputs) for part in parts)
-    absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith(("~", "."))
-    return Path(text).expanduser().resolve().name if absolute and "\n" not in text else text
+    here = PurePosixPath(text).is_absolute() or text.startswith(("./", "../", "~"))
+    if "\n" in text or not (here or PureWindowsPath(text).is_absolute()):
+        return text
+    return PurePosixPath(text).name if here else PureWindowsPath(text).name
 
 
 def scrubbed(text: str, inputs: Sequence[Input]) -> str:
@@ -152,6 +154,13 @@ def stated(inputs: Sequence[Input], key: str) -> list[str]:
         entries = value if isinstance(value, list) else [value]
         found += [entry for entry in entries if isinstance(entry, str) and _WORD.fullmatch(entry)]
     return list(dict.fromkeys(found))
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # too long for a path
+        return False
 
 
 def _on_hub(place: Path) -> tuple[str | None, str | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mergekit_lr.report.citations import PAPERS, SPACES
 from mergekit_lr.report.command import command
 from mergekit_lr.report.inputs import Input, portable, stated_hub_id
 from mergekit_lr.report.loading import library, loading_a_model, loading_an_adapter, pipeline_tag
+from mergekit_lr.report.manifest import FILE
 from mergekit_lr.report.markdown import bullets, code, fenced, listed, table
 from mergekit_lr.report.merging import MergeReport
 
@@ -65,7 +67,8 @@ def write_merging_card(
     paper = methods()[report.method].paper
     space = "" if report.space == "full" else f" in the space {code(report.space)}"
     again = command("merge", ["recipe.yaml"], options, inputs, out=("OUT",))
-    text = yaml.safe_dump(_portable(recipe, inputs), sort_keys=False, allow_unicode=True)
+    documents = [*_parts(recipe, report.out).values(), recipe]
+    text = yaml.safe_dump_all([_portable(one, inputs) for one in documents], sort_keys=False, allow_unicode=True)
     content = Content(
         what=f"{'A LoRA' if adapter else 'A model'} merged by the method {code(report.method)}{space} with "
         f"[lrmerge]({HOME}), from {listed(merged) if len(merged) < 7 else f'{len(merged)} inputs'}.",
@@ -118,10 +121,29 @@ def _worst(report: MergeReport) -> str:
     return f"The {len(rows)} of {len(report.tensors)} that {which}:\n\n{table(columns, rows)}"
 
 
+def _parts(recipe: Any, out: str | None) -> dict[str, Any]:
+    """The documents of a recipe that were merged first, each before those that name it: by the folder of its result.
+
+    They lie beside the result while it is made, as ``OUT.parts/NAME``, with their manifests.
+    """
+    if isinstance(recipe, Mapping | list | tuple):
+        inner = recipe.values() if isinstance(recipe, Mapping) else recipe
+        return {folder: part for value in inner for folder, part in _parts(value, out).items()}
+    if not isinstance(recipe, str) or not recipe.isprintable() or out is None:
+        return {}
+    folder, beside = Path(recipe).absolute(), Path(out).resolve()
+    if folder.parent.resolve() != beside.with_name(f"{beside.name}.parts") or not (folder / FILE).is_file():
+        return {}
+    content = json.loads((folder / FILE).read_text(encoding="utf-8"))["recipe"]
+    return _parts(content, out) | {recipe: content}
+
+
 def _portable(value: Any, inputs: Sequence[Input]) -> Any:
     """A recipe without paths of this disk."""
     if isinstance(value, Mapping):
         return {key: _portable(entry, inputs) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(entry, inputs) for entry in value]
-    return portable(value, inputs) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return Path(value).name if Path(value).parent.name.endswith(".parts") else portable(value, inputs)
+    return value

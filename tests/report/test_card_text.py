@@ -203,7 +203,10 @@ def test_texts_lose_the_paths_of_this_disk(tmp_path):
     assert portable(str(folder), [one]) == "lora"
     assert portable(f"org/base+{folder}", [one]) == "org/base+lora"
     assert portable("/somewhere/else", [one]) == "else"
-    assert portable("org/base", [one]) == "org/base"
+    assert portable("C:\\models\\mine", [one]) == "mine"
+    for text in ("org/base", ".", ".*mlp.*", "{{ a + b }}\n/x", "x" * 5000 + "+y", "~nobody-there/x"):
+        assert portable(text, [one]) == ("x" if text.startswith("~") else text)
+    assert stated_hub_id("x" * 5000 + "/y") is None
     assert scrubbed(f"{folder}: a note", [one]) == "lora: a note"
 
 

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tiny
+import yaml
 from hub_server import Repository, hub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -287,3 +288,25 @@ def test_models_of_the_hub_are_known_by_their_ids(tmp_path):
     assert 'from_pretrained("org/base", revision="v1.0")' in card.text
     assert "lrmerge extract org/base@v1.0 org/tuned -o OUT" in card.text
     assert str(tmp_path) not in card.content
+
+
+def test_a_recipe_of_several_documents_is_shown_whole_and_runs(world, tmp_path):
+    recipe = (
+        "name: one\nmerge_method: linear\nmodels:\n- model: tiny/base\n- model: tiny/math\n---\n"
+        "name: two\nmerge_method: linear\nmodels:\n- model: one\n- model: tiny/code\n---\n"
+        "merge_method: slerp\nbase_model: one\nmodels:\n- model: one\n- model: two\nparameters:\n  t: 0.3\n"
+    )
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "tiny").symlink_to(world.here / "tiny")
+    (here / "recipe.yaml").write_text(recipe)
+    with working_in(here):
+        assert tiny.lrmerge("merge", "recipe.yaml", "out", "-q").code == 0
+        card = (here / "out" / "README.md").read_text()
+        [shown] = blocks(card, "yaml", "Make it again")
+        assert list(yaml.safe_load_all(shown)) == list(yaml.safe_load_all(recipe))
+        (here / "again.yaml").write_text(shown)
+        assert tiny.lrmerge("merge", "again.yaml", "again", "-q").code == 0
+        first, second = (load_file(here / name / "model.safetensors") for name in ("out", "again"))
+    assert all(second[key].equal(tensor) for key, tensor in first.items())
+    assert not (here / "out.parts").exists()
