@@ -168,7 +168,7 @@ def _job(
     merged = recipe.wants(out) and template.header[0].is_floating_point
     _count(recipe, len(inputs))
     found = arguments(method, scopes, [part.parameters, recipe.shared], [i.name for i in inputs], out, t)
-    alignment = vocabulary.alignment(every, out) if vocabulary is not None and aligned else None
+    alignment = vocabulary.alignment(every, out, base) if vocabulary is not None and aligned else None
     return Job(out, tuple(inputs), used, found, template, merged, alignment)
 
 

@@ -81,7 +81,7 @@ class Source:
     @property
     def token_rows(self) -> int:
         """Rows of the table of tokens; 0 where there is none."""
-        return max((self.headers[name][1][0] for name in self.tokens), default=0)
+        return max((self.headers[name][1][0] for name in self.tokens & self.headers.keys()), default=0)
 
     def header(self, name: str) -> Header:
         """Dtype and shape of a tensor, of what it shares where it is a tied end."""

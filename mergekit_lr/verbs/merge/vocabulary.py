@@ -28,7 +28,7 @@ from mergekit_lr.verbs.merge.tokens import Rule, looked_up, rules_of
 class Vocabulary:
     """The tokens of the result and where each model has them.
 
-    chosen: the tokenizer. old: the template's tokens. base: whose rows come first. held: model to int64 (rows,), its
+    chosen: the tokenizer. old: the template's tokens. held: model to int64 (rows,), its
     row for each row of the result or -1. token: bool (rows,), whether a row has a token. rules: of single tokens.
     left_out: model to how many of its tokens the result lacks. padded: whether the recipe chose the number of rows.
     digest: of all tokenizers read.
@@ -36,7 +36,6 @@ class Vocabulary:
 
     chosen: Chosen
     old: dict[str, int]
-    base: str
     held: dict[str, Tensor]
     token: Tensor
     rules: dict[str, Rule]
@@ -50,8 +49,10 @@ class Vocabulary:
         """Of the tables of the result."""
         return len(self.token)
 
-    def alignment(self, inputs: Sequence[Input], out: str) -> Alignment | None:
+    def alignment(self, inputs: Sequence[Input], out: str, base: Source | None) -> Alignment | None:
         """How the tables ``inputs`` of several models come to the rows of the result; None where they have them.
+
+        base: the model whose row the others take first, where it is one of them.
 
         Raises:
             MismatchError: the recipe takes a token from a model that does not go into tensor ``out``.
@@ -66,8 +67,9 @@ class Vocabulary:
         has, index = held >= 0, torch.arange(self.rows)
         count = has.sum(0)
         donor = torch.full((self.rows,), AVERAGE)
-        if self.base in refs:
-            donor[has[refs.index(self.base)]] = refs.index(self.base)
+        if base is not None and base.ref in refs:
+            first = refs.index(base.ref)
+            donor[has[first]] = first
         donor[count == 1] = has.int().argmax(0)[count == 1]
         donor[(count == 0) & self.token] = ZERO
         row = held.gather(0, donor.clamp(min=0)[None])[0]
@@ -182,7 +184,6 @@ def vocabulary_of(recipe: Recipe, sources: Mapping[str, Source], template: Sourc
     return Vocabulary(
         chosen=chosen,
         old=ids[template.ref],
-        base=recipe.document.base_model or "",
         held={ref: _held(ids[ref], source.token_rows, chosen.ids, token, padded) for ref, source in sources.items()},
         token=token,
         rules=rules,
