@@ -70,7 +70,8 @@ def multislerp(
     c = w / (lengths + eps)
     mean = (c * (inner @ c[..., None])[..., 0]).sum(-1).clamp_min(0).sqrt()
     none = mean < eps
-    if bool(none.any()) and len(models) > 2:
+    cancel = none & (lengths > eps).any(-1)  # and not a tensor that no model changed, whose mean is zero as well
+    if bool(cancel.any()) and len(models) > 2:
         raise UsageError("multislerp: the weighted models cancel, so their mean has no direction; change the weights")
     along = c / mean.where(~none, 1.0)[..., None] * (w * lengths).sum(-1, keepdim=True)
     coefficients = torch.where(none[..., None], w, along)
