@@ -242,6 +242,44 @@ def test_slices_stack_layers(zoo, tmp_path):
     assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], 0.5 * code["model.layers.1.mlp.up_proj.weight"])
 
 
+def test_a_slice_may_have_its_own_base(zoo):
+    sources = [{"model": str(zoo / "math"), "layer_range": [0, 1], "parameters": {"weight": 0.5}}]
+    later = [one | {"layer_range": [1, 2]} for one in sources]
+    slices = [{"sources": sources, "base_model": str(zoo / "code")}, {"sources": later}]
+    made = {"merge_method": "task_arithmetic", "base_model": str(zoo / "base"), "slices": slices}
+    found, (base, math, code) = result(made), (loaded(zoo / name) for name in MODELS)
+    for layer, origin in enumerate((code, base)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        torch.testing.assert_close(found[name], (origin[name] + math[name]) / 2, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[TABLE], (code[TABLE] + math[TABLE]) / 2, rtol=1e-6, atol=1e-6)
+    del made["base_model"]  # the second slice has none
+    with pytest.raises(LrmergeError, match="base_model is missing"):
+        lr.merge(made)
+
+
+def test_modules_are_merged_each_in_its_own_way(zoo):
+    base, math, code = (loaded(zoo / name) for name in MODELS)
+    models = [{"model": str(zoo / name)} for name in MODELS[1:]]
+    gradient = {"scale": [{"filter": "up_proj", "value": [1.0, 0.5]}, {"value": 1.0}]}
+    modules = {
+        "mlp": {"models": models[:1], "parameters": gradient},
+        "self_attn": {"slices": [{"sources": [{"model": str(zoo / "code"), "layer_range": [0, 2]}]}]},
+        "default": {"models": models, "parameters": {"weight": 0.25}},
+    }
+    made = {"version": 1, "merge_method": "task_arithmetic", "base_model": str(zoo / "base"), "modules": modules}
+    found = result(made | {"parameters": {"weight": 1.0}})
+    wanted = {QUERY: code[QUERY], NORM: base[NORM] + 0.25 * (math[NORM] + code[NORM] - 2 * base[NORM])}
+    for layer, scale in enumerate((1.0, 0.5)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        wanted[name] = base[name] + scale * (math[name] - base[name])
+    assert found.keys() == base.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    modules["self_attn"]["slices"][0]["sources"][0]["layer_range"] = [0, 1]
+    with pytest.raises(LrmergeError, match="takes other layers"):
+        lr.merge(made)
+
+
 def test_gradients_run_over_layers_and_filters_over_names(zoo):
     made = recipe(zoo, "task_arithmetic", models=["math"])
     made["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.5}]}
@@ -379,6 +417,10 @@ def test_documents_build_on_each_other(zoo, tmp_path):
     found = loaded(tmp_path / "out")
     torch.testing.assert_close(found[QUERY], math[QUERY] + code[QUERY] - base[QUERY], rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "out.parts").exists()
+    half, last = json.loads(lrmerge("plan", tmp_path / "two.yaml", "--json").out)
+    assert (half["method"], last["method"]) == ("linear", "task_arithmetic")
+    assert last["models"] == [str(zoo / "base"), "half"]
+    assert "half:" in lrmerge("merge", tmp_path / "two.yaml", "--dry-run").out
 
 
 def test_nan_is_refused_by_name_and_nothing_is_left(zoo, tmp_path):

@@ -50,11 +50,11 @@ def merge(
     model. ``lrmerge methods`` lists the methods, ``lrmerge plan`` shows what a recipe would do.
     """
     from lrmerge.console import emit_json, progress
-    from lrmerge.plan import show
+    from lrmerge.plan import show_documents
     from lrmerge.report import write_page
     from mergekit_lr.errors import UsageError
     from mergekit_lr.verbs.merge import merge as run
-    from mergekit_lr.verbs.merge.verb import plan_merge
+    from mergekit_lr.verbs.merge.verb import plan_documents
     from mergekit_lr.verbs.report import check_libraries
 
     chosen = {
@@ -66,8 +66,7 @@ def merge(
         "seed": seed,
     }
     if dry_run:
-        plan = plan_merge(recipe, **chosen).to_json()
-        emit_json(plan) if as_json else show(plan, verbose=verbose)
+        show_documents(plan_documents(recipe, **chosen), as_json=as_json, verbose=verbose)
         return
     if (place is None) == (out is None):
         raise UsageError("where to? name one folder: lrmerge merge RECIPE OUT" if out is None else "OUT is named twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -22,13 +23,29 @@ def plan(
     verbose: opt.Verbose = False,
 ) -> None:
     """Show what happens to which tensor by which rule, and the bytes and memory that it takes. Nothing is written."""
-    from lrmerge.console import emit_json
-    from mergekit_lr.verbs.merge.verb import plan_merge
+    from mergekit_lr.verbs.merge.verb import plan_documents
 
-    made = plan_merge(
-        recipe, dtype=dtype, shard_size=shard_size, memory=memory, device=device, threads=threads, seed=seed
-    ).to_json()
-    emit_json(made) if as_json else show(made, verbose=verbose)
+    show_documents(
+        plan_documents(
+            recipe, dtype=dtype, shard_size=shard_size, memory=memory, device=device, threads=threads, seed=seed
+        ),
+        as_json=as_json,
+        verbose=verbose,
+    )
+
+
+def show_documents(plans: Sequence[Any], *, as_json: bool, verbose: bool) -> None:
+    """Print the plan of a recipe, or of each of its documents; as JSON one object, or a list of them."""
+    from lrmerge.console import emit_json, out
+
+    made = [plan.to_json() for plan in plans]
+    if as_json:
+        emit_json(made[0] if len(made) == 1 else made)
+        return
+    for plan, one in zip(plans, made, strict=True):
+        if len(made) > 1:
+            out.print(f"{plan.recipe.document.name or 'the result'}:")
+        show(one, verbose=verbose)
 
 
 def show(made: dict[str, Any], *, verbose: bool) -> None:

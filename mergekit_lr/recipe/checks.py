@@ -19,13 +19,16 @@ def _scopes(recipe: Recipe) -> Iterator[tuple[Path_, dict[str, Any], bool]]:
     """Every ``parameters`` with its path, and whether it belongs to one model."""
     doc = recipe.document
     yield ("parameters",), doc.parameters or {}, False
-    for way in ("models", "adapters"):
-        for i, entry in enumerate(getattr(doc, way) or ()):
-            yield (way, i, "parameters"), entry.parameters or {}, True
-    for i, part in enumerate(doc.slices or ()):
-        yield ("slices", i, "parameters"), part.parameters or {}, False
-        for j, source in enumerate(part.sources):
-            yield ("slices", i, "sources", j, "parameters"), source.parameters or {}, True
+    for i, entry in enumerate(doc.adapters or ()):
+        yield ("adapters", i, "parameters"), entry.parameters or {}, True
+    for at, module in recipe.modules:
+        yield (*at, "parameters"), module.parameters or {}, False
+        for i, entry in enumerate(module.models or ()):
+            yield (*at, "models", i, "parameters"), entry.parameters or {}, True
+        for i, part in enumerate(module.slices or ()):
+            yield (*at, "slices", i, "parameters"), part.parameters or {}, False
+            for j, source in enumerate(part.sources):
+                yield (*at, "slices", i, "sources", j, "parameters"), source.parameters or {}, True
 
 
 def check_parameters(recipe: Recipe) -> list[str]:
@@ -57,7 +60,7 @@ def check_parameters(recipe: Recipe) -> list[str]:
             if not lenient:
                 raise problem
             notes.append(f"{problem}; ignored")
-    scopes = [scope for path, scope, _ in _scopes(recipe) if path[0] == "parameters" or path[0] == "slices"]
+    scopes = [scope for path, scope, _ in _scopes(recipe) if path[0] not in ("models", "adapters")]
     for key, parameter in method.parameters.items():
         if parameter.required and not any(key in renamed(scope) for scope in scopes):
             raise recipe.place.error(("merge_method",), f"{method.name} needs the parameter {key!r}")

@@ -21,10 +21,10 @@ from mergekit_lr.methods.registry import Method, find
 from mergekit_lr.recipe.checks import check_parameters, check_patterns, check_space
 from mergekit_lr.recipe.mergekit import defaults
 from mergekit_lr.recipe.parameters import renamed
-from mergekit_lr.recipe.schema import Document
+from mergekit_lr.recipe.schema import Document, ModuleEntry
 
 Path_ = tuple[str | int, ...]
-WAYS = ("models", "slices", "adapters")
+WAYS = ("models", "slices", "modules", "adapters")
 
 
 class Place(NamedTuple):
@@ -40,6 +40,13 @@ class Place(NamedTuple):
             path = path[:-1]
         line = self.lines.get(path)
         return UsageError(f"{self.file}{f' line {line}' if line else ''}: {f'{where}: ' if where else ''}{message}")
+
+
+class Module(NamedTuple):
+    """A part of the model, or all of it, with its ``models`` or ``slices``; ``path`` is where they stand."""
+
+    path: Path_
+    entry: ModuleEntry
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,21 @@ class Recipe:
         """Every model that it names, each once, the base first."""
         doc = self.document
         named = [doc.base_model] if doc.base_model else []
-        named += [entry.model for entry in doc.models or ()]
-        named += [source.model for part in doc.slices or () for source in part.sources]
+        for _, entry in self.modules:
+            named += [one.model for one in entry.models or ()]
+            named += [source.model for part in entry.slices or () for source in part.sources]
+            named += [part.base_model for part in entry.slices or () if part.base_model]
         return list(dict.fromkeys(named))
+
+    @property
+    def modules(self) -> list[Module]:
+        """The ``modules``; one of everything where there are ``models`` or ``slices``, none of adapters."""
+        doc = self.document
+        if doc.adapters is not None:
+            return []
+        if doc.modules is None:
+            return [Module((), ModuleEntry(models=doc.models, slices=doc.slices))]
+        return [Module(("modules", name), entry) for name, entry in doc.modules.items()]
 
     def wants(self, name: str) -> bool:
         """Whether ``targets`` has tensor ``name`` merged."""
@@ -147,15 +166,13 @@ def _lines(node: yaml.Node, path: Path_, file: str, visited: set[int]) -> Iterat
 
 def _checked(content: dict[str, Any], place: Place) -> Recipe:
     document, notes = _validated(content, place)
-    if document.modules is not None:
-        raise place.error(("modules",), "merging module by module is not supported; use models or slices")
-    for i, part in enumerate(document.slices or ()):
-        if part.base_model is not None:
-            raise place.error(("slices", i, "base_model"), "not supported for one slice; give one base for all")
     ways = [way for way in WAYS if getattr(document, way) is not None]
     if len(ways) != 1:
         found = " and ".join(ways) or "none"
-        raise place.error((), f"exactly one of models, slices and adapters is needed, got {found}")
+        raise place.error((), f"exactly one of models, slices, modules and adapters is needed, got {found}")
+    for name, entry in (document.modules or {}).items():
+        if (entry.models is None) == (entry.slices is None):
+            raise place.error(("modules", name), "a module has either models or slices")
     if document.tokenizer and document.tokenizer_source:
         raise place.error(("tokenizer_source",), "tokenizer and tokenizer_source say the same; give one")
     try:
@@ -204,8 +221,9 @@ def _said(error: Any, path: Path_) -> str:
 def _fields_at(path: Path_) -> list[str]:
     """The keys that the schema knows at ``path``."""
     model: Any = Document
-    for key in (key for key in path if isinstance(key, str)):
-        model = _model_in(model.model_fields[key].annotation)
+    for above, key in zip(("", *path), path, strict=False):
+        if isinstance(key, str) and above != "modules":  # under modules the keys are names
+            model = _model_in(model.model_fields[key].annotation)
     return list(model.model_fields)
 
 

@@ -42,6 +42,14 @@ class SliceEntry(_Strict):
     base_model: Reference | None = None
 
 
+class ModuleEntry(_Strict):
+    """One of ``modules``, parts of a model that are merged each in its own way: its ``models`` or its ``slices``."""
+
+    models: list[ModelEntry] | None = Field(None, min_length=1)
+    slices: list[SliceEntry] | None = Field(None, min_length=1)
+    parameters: Settings | None = None
+
+
 class AdapterEntry(_Strict):
     """One of ``adapters``: a PEFT folder, a file of any dialect or a Hub id."""
 
@@ -97,14 +105,14 @@ class Tokenizer(_Strict):
 
 
 class Document(_Strict):
-    """One document of a recipe file: exactly one of ``models``, ``slices`` and ``adapters``."""
+    """One document of a recipe file: exactly one of ``models``, ``slices``, ``modules`` and ``adapters``."""
 
     version: Literal[1] | None = None
     name: str | None = Field(None, pattern=r"^[\w][\w.-]*$")
     merge_method: str
     models: list[ModelEntry] | None = Field(None, min_length=1)
     slices: list[SliceEntry] | None = Field(None, min_length=1)
-    modules: dict[str, Any] | None = None
+    modules: dict[str, ModuleEntry] | None = Field(None, min_length=1)
     adapters: list[AdapterEntry] | None = Field(None, min_length=1)
     base_model: Reference | None = None
     parameters: Settings | None = None

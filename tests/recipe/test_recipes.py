@@ -124,6 +124,16 @@ slices:
   - sources:
       - {model: TUNED, layer_range: [1, 2]}
 """
+MODULES = """version: 1
+merge_method: ties
+base_model: BASE
+modules:
+  layers:
+    models: [{model: TUNED}]
+  default:
+    parameters: {density: 0.5}
+    models: [{model: TUNED}]
+"""
 
 
 def before(line: str) -> tuple[str, str]:
@@ -170,7 +180,12 @@ BAD = {
                           ("exactly one", "models and slices")),
     "nothing to merge": (PLAIN, "models:\n  - model: BASE\n  - model: TUNED\n    parameters: {weight: 0.5}\n", "",
                          ("exactly one", "none")),
-    "modules": (PLAIN, *before("modules: {text: {}}"), ("line 8", "modules", "not supported")),
+    "a module without models": (MODULES, "models: [{model: TUNED}]", "parameters: {density: 1}",
+                                ("line 5", "modules.layers", "either models or slices")),
+    "a key of a module": (MODULES, "parameters", "paramters", ("line 8", "did you mean 'parameters'")),
+    "a parameter of a module": (MODULES, "density", "densty", ("line 8", "did you mean 'density'")),
+    "a module that is not there": (MODULES, "layers:", "vision_tower:", ("line 5", "vision_tower", "model.layers")),
+    "tensors of no module": (MODULES, "default:", "norm:", ("line 4", "lm_head.weight", "default")),
     "no base": (PLAIN, "base_model: BASE\n", "", ("ties", "base_model")),
     "no such model": (PLAIN, "TUNED", "./nowhere", ("./nowhere", "no such")),
     "wrong dtype": (PLAIN, *before("dtype: int8"), ("line 8", "dtype", "int8")),
@@ -189,7 +204,7 @@ BAD = {
     "nothing left": (ADAPTERS, "adapters:", "targets: {include: [nothing]}\nadapters:", ("line 4", "nothing")),
     "bad expression": (ADAPTERS, "adapters:", "targets: {exclude: ['(']}\nadapters:", ("line 4", "regular expression")),
     "a checkpoint as adapter": (ADAPTERS, "LORA", "BASE", ("error",)),
-    "base of a slice": (SLICES, "  - sources:", "  - base_model: x\n    sources:", ("line 3", "base")),
+    "base of a slice": (SLICES, "  - sources:", "  - base_model: ./nowhere\n    sources:", ("./nowhere", "no such")),
     "a list as key": (PLAIN, "version: 1", "? [a]\n: 1", ("line 1", "key")),
     "a number as key": (PLAIN, "version: 1", "1: 1", ("string",)),
     "an endless alias": (PLAIN, "density: 0.5", "density: &a [*a]", ("line 9", "list inside a list")),
@@ -213,7 +228,8 @@ BAD = {
 
 
 # Not the recipe's fault but its inputs'.
-REFUSED_AS = dict.fromkeys(("no yaml", "empty", "no such model", "union of tokenizers", "a checkpoint as adapter"), 1)
+INPUTS = ("no yaml", "empty", "no such model", "base of a slice", "union of tokenizers", "a checkpoint as adapter")
+REFUSED_AS = dict.fromkeys(INPUTS, 1)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.recipe.parameters import arguments, renamed
-from mergekit_lr.recipe.reading import Path_, Recipe
+from mergekit_lr.recipe.reading import Module, Path_, Recipe
 from mergekit_lr.verbs.merge.alignment import Alignment
 from mergekit_lr.verbs.merge.sources import Input, Source
 from mergekit_lr.verbs.merge.vocabulary import Vocabulary
@@ -30,10 +30,11 @@ class Given(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Some layers of the result, and the parameters that hold for all models there."""
+    """Some layers of the result, the parameters that hold for all models there, narrowest first, and their base."""
 
     given: tuple[Given, ...]
-    parameters: dict[str, Any]
+    parameters: tuple[dict[str, Any], ...]
+    base: Source | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,37 +61,71 @@ class Job:
         return lambda item, start, stop: item.source.read_part(item.name, start, stop)
 
 
-def slices_of(recipe: Recipe, sources: dict[str, Source]) -> list[Slice]:
-    """The slices of a recipe; ``models`` are one slice of all layers.
+def modules_of(recipe: Recipe, sources: dict[str, Source]) -> Iterator[tuple[Module, dict[str, Source]]]:
+    """Every module of a recipe with its part of each model; one of the whole models where there are no ``modules``.
+
+    A module takes the tensors in whose name it is a part (``vision_tower``). ``default``, and mergekit's
+    ``text_decoder`` where no name has that part, take what no other does.
+
+    Raises:
+        UsageError: a module without a tensor, or a tensor without a module.
+    """
+    if recipe.document.modules is None:
+        yield recipe.modules[0], sources
+        return
+    names = list(dict.fromkeys(name for source in sources.values() for name in (*source.headers, *source.aliases)))
+    rest = dict.fromkeys(names)
+    taken: dict[str, list[str]] = {}
+    for module in recipe.document.modules:
+        taken[module] = [name for name in rest if f".{module.strip('.')}." in f".{name}"]
+        for name in taken[module]:
+            del rest[name]
+    remainder = next((m for m in taken if m in ("default", "text_decoder") and not taken[m]), None)
+    if remainder is not None:
+        taken[remainder] = list(rest)
+    elif rest:
+        raise recipe.place.error(
+            ("modules",), f"tensor {next(iter(rest))} is in none of them; add default, which takes what is left"
+        )
+    for (path, entry), own in zip(recipe.modules, taken.values(), strict=True):
+        if not own:
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise recipe.place.error(path, f"no tensor is in it; names begin with {', '.join(parts[:8])}")
+        yield Module(path, entry), {ref: source.only(own) for ref, source in sources.items()}
+
+
+def slices_of(recipe: Recipe, module: Module, sources: dict[str, Source]) -> list[Slice]:
+    """The slices of a module; ``models`` are one slice of all layers.
 
     Raises:
         UsageError: a range outside of its model, or ranges of unequal length; with its line.
     """
-    doc = recipe.document
-    if doc.models is not None:
-        given = (Given(sources[m.model], 0, sources[m.model].layers.count, renamed(m.parameters)) for m in doc.models)
-        return [Slice(tuple(given), {})]
+    entry = module.entry
+    base, shared = recipe.document.base_model, renamed(entry.parameters)
+    if entry.models is not None:
+        given = (Given(sources[m.model], 0, sources[m.model].layers.count, renamed(m.parameters)) for m in entry.models)
+        return [Slice(tuple(given), (shared,), sources[base] if base else None)]
     found = []
-    for i, part in enumerate(doc.slices or ()):
+    for i, part in enumerate(entry.slices or ()):
         given = []
-        for j, entry in enumerate(part.sources):
-            source, (first, end) = sources[entry.model], entry.layer_range
-            path: Path_ = ("slices", i, "sources", j, "layer_range")
+        for j, one in enumerate(part.sources):
+            source, (first, end) = sources[one.model], one.layer_range
+            path: Path_ = (*module.path, "slices", i, "sources", j, "layer_range")
             if not 0 <= first < end <= source.layers.count:
                 raise recipe.place.error(
-                    path, f"[{first}, {end}] is no range of the {source.layers.count} layers of {entry.model}"
+                    path, f"[{first}, {end}] is no range of the {source.layers.count} layers of {one.model}"
                 )
             if given and end - first != given[0].end - given[0].first:
                 expected = given[0].end - given[0].first
                 raise recipe.place.error(path, f"{end - first} layers, the first source of the slice has {expected}")
-            given.append(Given(source, first, end, renamed(entry.parameters)))
-        found.append(Slice(tuple(given), renamed(part.parameters)))
+            given.append(Given(source, first, end, renamed(one.parameters)))
+        own = part.base_model or base
+        scopes = (renamed(part.parameters), shared)
+        found.append(Slice(tuple(given), scopes, sources[own] if own else None))
     return found
 
 
-def jobs_of(
-    recipe: Recipe, slices: Sequence[Slice], base: Source | None, vocabulary: Vocabulary | None = None
-) -> Iterator[Job]:
+def jobs_of(recipe: Recipe, slices: Sequence[Slice], vocabulary: Vocabulary | None = None) -> Iterator[Job]:
     """Every tensor of the result, in the order of the first model that has it; tables in the order of ``vocabulary``.
 
     Raises:
@@ -100,24 +135,24 @@ def jobs_of(
     for part in slices:
         lead = part.given[0]
         count = lead.end - lead.first
-        for name in _names(part, base):
+        for name in _names(part):
             layer = lead.source.layers.of(name)
             if layer is None:
                 where = slices[0] if name in lead.source.tables else slices[-1]
                 if where is part:
-                    yield _job(recipe, part, base, vocabulary, name, 0, name, 0.0)
+                    yield _job(recipe, part, vocabulary, name, 0, name, 0.0)
             elif lead.first <= layer < lead.end:
                 at = layer - lead.first
                 depth = at / (count - 1) if count > 1 else 1.0
-                yield _job(recipe, part, base, vocabulary, name, at, lead.source.layers.moved(name, above + at), depth)
+                yield _job(recipe, part, vocabulary, name, at, lead.source.layers.moved(name, above + at), depth)
         above += count
 
 
-def _names(part: Slice, base: Source | None) -> list[str]:
+def _names(part: Slice) -> list[str]:
     """The tensors of a slice under the first model's names: its own, and those that others have besides."""
     lead = part.given[0]
     names = dict.fromkeys(lead.source.headers)
-    others = part.given[1:] if base is None else (*part.given[1:], lead._replace(source=base))
+    others = part.given[1:] if part.base is None else (*part.given[1:], lead._replace(source=part.base))
     for given in others:
         offset = part.given[0].first - given.first
         for name in given.source.headers:
@@ -132,14 +167,13 @@ def _names(part: Slice, base: Source | None) -> list[str]:
 def _job(
     recipe: Recipe,
     part: Slice,
-    base: Source | None,
     vocabulary: Vocabulary | None,
     name: str,
     at: int,
     out: str,
     t: float,
 ) -> Job:
-    method, lead = recipe.method, part.given[0]
+    method, lead, base = recipe.method, part.given[0], part.base
 
     def own(source: Source, first: int) -> Input:
         moved = name if lead.source.layers.of(name) is None else source.layers.moved(name, first + at)
@@ -167,7 +201,7 @@ def _job(
     _same_shape(every, out, aligned=aligned)
     merged = recipe.wants(out) and template.header[0].is_floating_point
     _count(recipe, len(inputs))
-    found = arguments(method, scopes, [part.parameters, recipe.shared], [i.name for i in inputs], out, t)
+    found = arguments(method, scopes, [*part.parameters, recipe.shared], [i.name for i in inputs], out, t)
     alignment = vocabulary.alignment(every, out, base) if vocabulary is not None and aligned else None
     return Job(out, tuple(inputs), used, found, template, merged, alignment)
 
@@ -200,5 +234,5 @@ def _count(recipe: Recipe, count: int) -> None:
     if count < least or (most is not None and count > most):
         wanted = str(least) if least == most else f"{least} or more"
         beside = " beside base_model" if recipe.method.takes == "deltas" or recipe.method.base == "required" else ""
-        way = "models" if recipe.document.models is not None else "slices"
+        way = next(w for w in ("models", "slices", "modules") if getattr(recipe.document, w) is not None)
         raise recipe.place.error((way,), f"{recipe.method.name} merges {wanted}{beside}, got {count}")

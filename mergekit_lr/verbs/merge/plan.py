@@ -19,13 +19,13 @@ from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
 from mergekit_lr.methods.blocks import STEP
-from mergekit_lr.recipe.reading import Recipe
+from mergekit_lr.recipe.reading import Module, Recipe
 from mergekit_lr.verbs.apply.plan import DTYPES
 from mergekit_lr.verbs.compare import CompareReport
 from mergekit_lr.verbs.merge.alignment import Alignment
 from mergekit_lr.verbs.merge.chat import chat_template
 from mergekit_lr.verbs.merge.config import merged_config, renumbered
-from mergekit_lr.verbs.merge.layers import Job, Slice, jobs_of, slices_of
+from mergekit_lr.verbs.merge.layers import Job, Slice, jobs_of, modules_of, slices_of
 from mergekit_lr.verbs.merge.sources import Input, Source, open_source
 from mergekit_lr.verbs.merge.tokenizer import note_on_tokens
 from mergekit_lr.verbs.merge.vocabulary import Vocabulary, vocabulary_of
@@ -117,7 +117,7 @@ def plan_models(
     seed: int = 0,
     given: Mapping[str, Checkpoint] | None = None,
 ) -> MergePlan:
-    """The plan of merging the ``models`` or ``slices`` of a recipe; reads headers only.
+    """The plan of merging the ``models``, ``slices`` or ``modules`` of a recipe; reads headers only.
 
     given: models in memory by the names that the recipe has for them.
     """
@@ -125,18 +125,15 @@ def plan_models(
     dtype = chosen_dtype(recipe, dtype)
     size = shard_size if shard_size is not None else doc.output.shard_size
     options = {"dtype": dtype, "shard_size": size, "memory": memory, "device": device, "threads": threads, "seed": seed}
-    if recipe.method.takes == "deltas" and doc.base_model is None:
-        raise recipe.place.error((), f"{recipe.method.name} merges differences from a base: base_model is missing")
-    if recipe.method.base == "required" and doc.base_model is None:
-        raise recipe.place.error((), f"{recipe.method.name} needs a base: base_model is missing")
+    _check_base(recipe)
     sources = {ref: open_source((given or {}).get(ref, ref), device=device) for ref in recipe.references}
-    base = sources[doc.base_model] if doc.base_model else None
-    slices = slices_of(recipe, sources)
-    template = base or slices[0].given[0].source
+    modules = [(module, slices_of(recipe, module, own)) for module, own in modules_of(recipe, sources)]
+    template = sources[doc.base_model or _first_model(recipe)]
+    slices = _stacked(recipe, modules, template)
     vocabulary = vocabulary_of(recipe, sources, template)
     if vocabulary is not None:
         options["vocabulary"] = vocabulary.digest
-    jobs = tuple(jobs_of(recipe, slices, base, vocabulary))
+    jobs = tuple(job for _, own in modules for job in jobs_of(recipe, own, vocabulary))
     outputs = {job.name: _header(job, DTYPES[dtype] if dtype else None) for job in jobs}
     available = resources(device=device, memory=memory, threads=threads)
     return MergePlan(
@@ -145,8 +142,8 @@ def plan_models(
         template=template,
         jobs=jobs,
         outputs=outputs,
-        files=_files(template, outputs, slices, size),
-        index=size is None and doc.models is not None and has_index(template.checkpoint),
+        files=_files(template, outputs, size, anew=len(slices) > 1),
+        index=size is None and len(slices) == 1 and has_index(template.checkpoint),
         config=merged_config(template, outputs, slices, dtype, vocabulary),
         states={job.name: _state(recipe, job, outputs[job.name]) for job in jobs},
         rules={job.name: rule_of(recipe, job) for job in jobs},
@@ -162,6 +159,39 @@ def plan_models(
         vocabulary=vocabulary,
         chat_template=chat_template(recipe, sources, template),
     )
+
+
+def _check_base(recipe: Recipe) -> None:
+    if recipe.document.base_model is not None:
+        return
+    parts = [(module, part) for module in recipe.modules for part in module.entry.slices or (None,)]
+    if all(part is not None and part.base_model is not None for _, part in parts):
+        return
+    if recipe.method.takes == "deltas":
+        raise recipe.place.error((), f"{recipe.method.name} merges differences from a base: base_model is missing")
+    if recipe.method.base == "required":
+        raise recipe.place.error((), f"{recipe.method.name} needs a base: base_model is missing")
+
+
+def _first_model(recipe: Recipe) -> str:
+    entry = recipe.modules[0].entry
+    if entry.models is not None:
+        return entry.models[0].model
+    first = (entry.slices or [])[0]
+    return first.base_model or first.sources[0].model
+
+
+def _stacked(recipe: Recipe, modules: Sequence[tuple[Module, list[Slice]]], template: Source) -> list[Slice]:
+    """The slices that make up the layers which the config counts; other modules keep the layers that they have."""
+    main, taken = None, list(range(template.layers.count))
+    for module, slices in modules:
+        layers = slices[0].given[0].source.layers
+        chosen = [layer for part in slices for layer in range(part.given[0].first, part.given[0].end)]
+        if layers.stem == template.layers.stem and main is None:
+            main, taken = slices, chosen
+        elif chosen != (taken if layers.stem == template.layers.stem else list(range(layers.count))):
+            raise recipe.place.error(module.path, "takes other layers than the rest of the model")
+    return main if main is not None else modules[0][1]
 
 
 def chosen_dtype(recipe: Recipe, dtype: str | None) -> str | None:
@@ -266,10 +296,10 @@ def _node(recipe: Recipe, job: Job, header: Header) -> Node:
     return Node(job.name, signature, used[0].source.place(used[0].name), cost, job)
 
 
-def _files(template: Source, outputs: Mapping[str, Header], slices: list[Slice], size: str | int | None) -> Files:
+def _files(template: Source, outputs: Mapping[str, Header], size: str | int | None, *, anew: bool) -> Files:
     on_disk = {template.disk.get(name, name): header for name, header in outputs.items()}
     names = {template.disk.get(name, name): name for name in outputs}
-    if len(slices) == 1 and on_disk.keys() & template.checkpoint.tensors.keys():
+    if not anew and on_disk.keys() & template.checkpoint.tensors.keys():
         files = as_in(template.checkpoint, on_disk, {})
         files = {file: {names[name]: header for name, header in held.items()} for file, held in files.items()}
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,12 @@ class Source:
     def token_rows(self) -> int:
         """Rows of the table of tokens; 0 where there is none."""
         return max((self.headers[name][1][0] for name in self.tokens & self.headers.keys()), default=0)
+
+    def only(self, names: Container[str]) -> Source:
+        """The part of the model that has these tensors."""
+        headers = {name: header for name, header in self.headers.items() if name in names}
+        aliases = {end: whole for end, whole in self.aliases.items() if end in names and whole in headers}
+        return replace(self, headers=headers, aliases=aliases, layers=layers_of(headers, self.checkpoint.config))
 
     def header(self, name: str) -> Header:
         """Dtype and shape of a tensor, of what it shares where it is a tied end."""

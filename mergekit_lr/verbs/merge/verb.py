@@ -15,6 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.folder import OutputFile, OutputFolder
 from mergekit_lr.checkpoint.shards import MemoryOutput, ShardedOutput
 from mergekit_lr.errors import CapacityError, UsageError
@@ -85,15 +88,37 @@ def merge(
 
 
 def plan_merge(recipe: Given, **options: Any) -> MergePlan | AdapterPlan:
-    """The plan of ``merge`` with the same arguments; reads headers, and the adapters.
+    """The plan of ``merge`` with the same arguments, of the last document; reads headers, and the adapters."""
+    return plan_documents(recipe, **options)[-1]
+
+
+def plan_documents(recipe: Given, **options: Any) -> list[MergePlan | AdapterPlan]:
+    """The plans of all documents of a recipe, in order; a model that an earlier one makes is known by its headers.
 
     Raises:
-        UsageError: a recipe of several documents, whose later ones merge what does not exist yet.
+        UsageError: a document merges an adapter that an earlier one makes, whose ranks are not known before.
     """
-    first, *more = read_recipes(recipe)
-    if more:
-        raise UsageError(f"{recipe}: a plan is of one document; here are {1 + len(more)}, and later ones need results")
-    return _plan(first, options)
+    plans: list[MergePlan | AdapterPlan] = []
+    made: dict[str, Checkpoint] = {}
+    for one in (recipes := read_recipes(recipe)):
+        for plan in plans:
+            if isinstance(plan, AdapterPlan) and plan.recipe.document.name in _named(one.content):
+                raise one.place.error((), f"{plan.recipe.document.name} is an adapter that is not made yet: run merge")
+        plans.append(_plan(one, {**options, "given": made} if made else options))
+        if isinstance(plans[-1], MergePlan) and one is not recipes[-1]:
+            headers = plans[-1].outputs.items()
+            tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in headers}
+            name = str(one.document.name)
+            made[name] = Checkpoint.from_tensors(tensors, config=plans[-1].config, ref=name)
+    return plans
+
+
+def _named(content: Any) -> set[str]:
+    """Every model and adapter that a document names."""
+    if isinstance(content, dict):
+        own = {value for key, value in content.items() if key in KEYS and isinstance(value, str)}
+        return own.union(*map(_named, content.values()))
+    return set().union(*map(_named, content)) if isinstance(content, list) else set()
 
 
 def _plan(recipe: Recipe, options: dict[str, Any]) -> MergePlan | AdapterPlan:
