@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import CONFIG, HEAD, HIDDEN, NORM, TABLE, Tensors, decoder, finetuned, lrmerge, refused, save
+from tiny import CONFIG, HEAD, HIDDEN, NORM, TABLE, Tensors, contents, decoder, finetuned, lrmerge, refused, save
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
@@ -340,6 +340,25 @@ def test_a_tokenizer_of_no_model_may_be_taken(zoo, tmp_path):
     report = lr.merge(made, tmp_path / "out")
     assert ids(tmp_path / "out") == ids(tmp_path / "alone")
     assert report.vocabulary["tensors"][TABLE]["zero"]["rows"] == 1  # <unk>
+
+
+def test_a_resumed_merge_gives_the_same_bytes(zoo, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        raise Stopped
+
+    made = recipe(zoo, "math", "code", tokenizer_source="union")
+    with pytest.raises(Stopped):
+        lr.merge(made, tmp_path / "resumed", progress=stop)
+    assert not (tmp_path / "resumed").exists()
+    lr.merge(made, tmp_path / "resumed", resume=True)
+    lr.merge(made, tmp_path / "whole")
+    found, wanted = contents(tmp_path / "resumed"), contents(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert found[name] == wanted[name]
 
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go"}]

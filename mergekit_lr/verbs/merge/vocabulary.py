@@ -28,10 +28,9 @@ from mergekit_lr.verbs.merge.tokens import Rule, looked_up, rules_of
 class Vocabulary:
     """The tokens of the result and where each model has them.
 
-    chosen: the tokenizer. old: the template's tokens. held: model to int64 (rows,), its
-    row for each row of the result or -1. token: bool (rows,), whether a row has a token. rules: of single tokens.
-    left_out: model to how many of its tokens the result lacks. padded: whether the recipe chose the number of rows.
-    digest: of all tokenizers read.
+    chosen: the tokenizer. old: the template's tokens. held: model to int64 (rows,), its row for each row of the result
+    or -1. token: bool (rows,), whether a row has a token. rules: of single tokens. left_out: model to how many of its
+    tokens the result lacks. padded: whether the recipe chose the number of rows. digest: of all tokenizers read.
     """
 
     chosen: Chosen
