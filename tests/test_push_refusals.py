@@ -12,7 +12,7 @@ from hub_server import Fault, Hub, Repository
 from pushing import REPO, copied, files, push, refused, results, with_base
 
 import mergekit_lr as lr
-from mergekit_lr.verbs.push import refusals
+from mergekit_lr.verbs.push import refusals, verb
 
 LIMIT = {"ratelimit": '"api";r=0;t=7', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}
 
@@ -62,6 +62,19 @@ def test_a_busy_hub_is_asked_again(served: Hub, adapter, waits, status, headers,
     served.faults.append(Fault("POST", "preupload", status=status, headers=headers))
     assert push(adapter).code == 0
     assert waits == [waited]
+
+
+def test_a_repository_that_changes_meanwhile_is_looked_at_again(served: Hub, adapter, monkeypatch):
+    assert push(adapter).code == 0
+    (adapter / "LICENSE").write_text("mine")
+    there = served.repositories[REPO].files["main"]
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "_create", lambda *_: there.update({"README.md": there["README.md"] + b"\nMeanwhile.\n"}))
+        refused(push(adapter), REPO, "changed by someone else", "committing", "again")
+    assert "LICENSE" not in files(served)
+    assert push(adapter).code == 0
+    assert b"Meanwhile." in files(served)["README.md"]
+    assert files(served)["LICENSE"] == b"mine"
 
 
 def test_a_card_that_the_hub_refuses(served: Hub, adapter):
