@@ -95,7 +95,7 @@ def of(report: Any) -> Schema:
     """The schema of a dataclass: its fields, what ``to_json`` adds, and no other key."""
     said, hints = _said(report.__doc__ or ""), get_type_hints(report, localns=IMPORTED)
     names = [field.name for field in fields(report) if field.name not in LEFT_OUT.get(report, set())]
-    called = RENAMED.get(report, {})
+    called: dict[str, str] = RENAMED.get(report, {})
     keys: dict[str, Schema] = {}
     for name in names:
         keys[called.get(name, name)] = _typed(hints[name]) | _description(said.get(name) or COMMON.get(name, ""))
@@ -106,8 +106,9 @@ def of(report: Any) -> Schema:
         adapter = {"ref": {"type": "string"}, "weight": {"type": "number"}, "dialect": {"type": "string"}}
         keys["adapters"] = {"type": "array", "items": _closed(adapter)}
     if report in TOTALS:
-        found = {name: keys[name] if name in keys else _property(report, name) for name in TOTALS[report]}
-        totals: dict[str, Schema] = {called.get(name, name): schema for name, schema in found.items()}
+        totals: dict[str, Schema] = {}
+        for name in TOTALS[report]:
+            totals[called.get(name, name)] = keys[name] if name in keys else _property(report, name)
         totals |= {"worst": WORST} if hasattr(report, "worst") else {}
         # A merge counts its states beside the other totals, under their own names.
         whole = _open(totals) if report is MergeReport else _closed(totals)

@@ -131,7 +131,8 @@ def _near(shown: str, printed: str) -> bool:
 
 def filled(page: str) -> str:
     """The page with every console block's output as it is now, except where it has a line "..."."""
-    parts, last, names = [], 0, {"__name__": "page"}
+    parts, last = [], 0
+    names: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
         perform(block, names, check=False)
         if block.language == "console":
@@ -145,7 +146,11 @@ _LAST: dict[str, str] = {}
 
 
 def _kept(step: Step) -> str:
-    return step.shown if re.search(r"^ *\.\.\.$", step.shown, re.MULTILINE) else _LAST[step.command]
+    """What to show below a command: its output, or what the page has where that leaves lines out."""
+    printed = _LAST[step.command]
+    wanted = "error: " in step.shown
+    assert wanted == ("error: " in printed), f"$ {step.command}\nerror {'' if wanted else 'not '}expected: {printed}"
+    return step.shown if re.search(r"^ *\.\.\.$", step.shown, re.MULTILINE) else printed
 
 
 def perform(block: Block, names: dict[str, object], *, check: bool = True) -> None:
