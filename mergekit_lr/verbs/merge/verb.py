@@ -58,8 +58,8 @@ def merge(
         progress: called with (bytes done, bytes in all, name) as batches finish.
         dtype: of the result, before what the recipe says. shard_size: cut files anew, ``"5GB"``. memory, device,
             threads: see ``resources``. seed: of methods that draw.
-        compare_inputs: also say how alike the inputs' changes are and where they interfere (``report.similarity``); it
-            reads them once more.
+        compare_inputs: also say how alike the inputs' changes are and where they interfere (``report.similarity``); a
+            pass of its own, which takes longer than an elementwise merge.
 
     Returns:
         What was done to every tensor by which rule; also written as ``lrmerge.json``.
