@@ -20,8 +20,10 @@ from mergekit_lr.methods.delta import Delta, as_dense, widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.verbs.apply.change import squared
 from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
-from mergekit_lr.verbs.merge.adapter_plan import TRUNCATING, AdapterPlan, in_full
-from mergekit_lr.verbs.merge.adapter_steps import Step, row_lengths
+from mergekit_lr.verbs.merge.adapter_parts import Step
+from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan
+from mergekit_lr.verbs.merge.adapter_rules import TRUNCATING, in_full
+from mergekit_lr.verbs.merge.adapter_values import row_lengths
 
 
 class Done(NamedTuple):
@@ -36,10 +38,12 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterMerging:
-    """The stages of one run; ``write`` is called from one thread."""
+    """The stages of one run; ``write`` is called from one thread. dtype: what merged factors are rounded to, if at
+    all: nothing where more arithmetic follows."""
 
     plan: AdapterPlan
     journal: Journal
+    dtype: torch.dtype | None = None
 
     def read(self, batch: Batch) -> None:
         """Nothing: factors are mapped from their files, and what is computed is computed when its turn comes."""
@@ -88,7 +92,7 @@ class AdapterMerging:
         if isinstance(merged, Tensor):
             self._check_finite(step, squared(merged))  # before it goes into an SVD
         cut = _factors(merged, rank, stream(self.plan.seed, step.name, "truncation"))
-        folded = cut.delta.folded()
+        folded = cut.delta.folded().to(self.dtype)
         return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, {"norm": cut.norm, "lost": cut.lost})
 
     def _value(self, step: Step, given: list[Any]) -> Done:

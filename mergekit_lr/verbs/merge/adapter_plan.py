@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mergekit_lr.adapter.lowrank import LowRank
@@ -17,17 +18,16 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
-from mergekit_lr.methods.registry import Method, find
+from mergekit_lr.methods.registry import Method
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.adapter_source import Base, open_base
+from mergekit_lr.verbs.apply.plan import DTYPES
 from mergekit_lr.verbs.compare import CompareReport
-from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
+from mergekit_lr.verbs.merge.adapter_parts import Step
+from mergekit_lr.verbs.merge.adapter_rules import check_places, is_dense, rule_of
 from mergekit_lr.verbs.merge.adapter_sources import Opened, open_adapters
-from mergekit_lr.verbs.merge.adapter_steps import Step, steps_of
-from mergekit_lr.verbs.merge.plan import chosen_dtype, rule_in_words
-
-# Methods whose last step is a truncation: we do that step ourselves, so that what it loses is measured.
-TRUNCATING = {"svd": "task_arithmetic", "core_space": "core_space"}
+from mergekit_lr.verbs.merge.adapter_steps import steps_of
+from mergekit_lr.verbs.merge.plan import chosen_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,14 @@ class AdapterPlan:
         """Whether the recipe cuts the result at a rank, an energy or a size."""
         output = self.recipe.document.output
         return any(limit is not None for limit in (output.rank, output.energy, output.size))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the result's factors: what was asked for, or that of the first factors that were given."""
+        if self.dtype:
+            return DTYPES[self.dtype]
+        weights = (weight for one in self.adapters for weight in one.adapter.weights.values())
+        return next((weight.delta.A.dtype for weight in weights), torch.float32)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -146,7 +154,7 @@ def plan_adapters(
     if not steps:
         raise recipe.place.error(("targets",), "leaves nothing of the adapters to merge")
     left_out = dict.fromkeys(step.label for step in every if not recipe.wants(step.name))
-    _check_places(recipe, opened, steps, kind, to, onto)
+    check_places(recipe, opened, steps, kind, to, onto)
     available = resources(device=device, memory=memory, threads=threads)
     nodes = [_node(method, step, is_dense(recipe, step), position) for position, step in enumerate(steps)]
     return AdapterPlan(
@@ -167,71 +175,11 @@ def plan_adapters(
     )
 
 
-def is_dense(recipe: Recipe, step: Step) -> bool:
-    """Whether the merged change of a step is a whole matrix, not factors."""
-    if step.part != "change" or len(step.size) < 2:
-        return False
-    return not step.factored or (recipe.document.space == "full" and not recipe.method.factored)
-
-
-def in_full(method: Method, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The method that merges what is no factors, with its arguments: the same one where it takes whole deltas.
-
-    Core Space's inner method; of methods that are exact sums of factors the sum; of averages of factors the average.
-    """
-    if method.takes != "factors":
-        name = TRUNCATING.get(method.name, method.name)
-        return name, {key: value for key, value in arguments.items() if key in find(name).parameters}
-    inner = str(arguments.get("inner", "task_arithmetic")) if method.name == "core_space" else ""
-    name = inner or ("task_arithmetic" if method.name in ("cat", "peft") else "linear")
-    return name, {key: value for key, value in arguments.items() if key in find(name).parameters and key != "rank"}
-
-
-def rule_of(method: Method, step: Step) -> str:
-    """What happens in a step, in words."""
-    if step.averaged:
-        return rule_in_words("mean", {k: v for k, v in step.arguments.items() if k == "weights"})
-    if step.part == "change" and step.factored:
-        return rule_in_words(method.name, step.arguments)
-    return rule_in_words(*in_full(method, step.arguments))
-
-
 def _check_count(recipe: Recipe, count: int) -> None:
     least, most = recipe.method.models
     if count < least or (most is not None and count > most):
         wanted = str(least) if least == most else f"{least} or more"
         raise recipe.place.error(("adapters",), f"{recipe.method.name} merges {wanted}, got {count}")
-
-
-def _check_places(
-    recipe: Recipe, opened: Sequence[Opened], steps: Iterable[Step], kind: str, to: str, base: Base | None
-) -> None:
-    """Refuse now what the result would have no place for at the end."""
-    output = recipe.document.output
-    method, place = recipe.method, (("output",) if "output" in recipe.content else ())
-    limited = any(limit is not None for limit in (output.rank, output.energy, output.size))
-    for step in steps if kind == "adapter" else ():
-        if step.part in ("saved", "rows") and to != "peft":
-            raise recipe.place.error(("output", "format"), f"{to} files have no place for {step.label}; choose peft")
-        if step.part == "change" and len(step.size) < 2 and to == "peft" and base is None:
-            raise recipe.place.error(place, f"{step.name}: PEFT holds no difference of a vector, give base_model")
-        own = method.name in TRUNCATING and "rank" in step.arguments
-        if not is_dense(recipe, step) or limited or own or to in HOLDS_ADDED or _of_low_rank(recipe, step):
-            continue
-        if step.factored:
-            spaces = [f"space: {space}" for space in method.spaces if space != "full"]
-            why = f"{method.name} of whole deltas is of full rank, no adapter; give {' or '.join([*spaces, ''])}"
-        else:
-            ref = next(one for one, own in zip(opened, step.given, strict=True) if not isinstance(own, LowRank | None))
-            why = f"{step.name}: its change by {ref.ref} ({ref.kind}) is of full rank, no adapter; give "
-        raise recipe.place.error(place, f"{why}output.rank, or output.kind: model")
-
-
-def _of_low_rank(recipe: Recipe, step: Step) -> bool:
-    """Whether changes that are still to be computed turn out as factors, and the method keeps them so."""
-    if recipe.document.space == "full" and not recipe.method.factored:
-        return False
-    return all(isinstance(one() if callable(one) else one, LowRank | None) for one in step.given)
 
 
 def _node(method: Method, step: Step, dense: bool, position: int) -> Node:

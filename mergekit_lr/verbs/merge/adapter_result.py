@@ -23,11 +23,11 @@ from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.merging import MergedTensor, MergeReport
 from mergekit_lr.verbs.adapter_destination import WRITERS, with_axes
 from mergekit_lr.verbs.adapter_source import PEFT_FILE
-from mergekit_lr.verbs.apply.plan import DTYPES
 from mergekit_lr.verbs.compress import compress
+from mergekit_lr.verbs.merge.adapter_parts import Step
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan
 from mergekit_lr.verbs.merge.adapter_sources import KEPT, parameter_of
-from mergekit_lr.verbs.merge.adapter_steps import Step, row_lengths
+from mergekit_lr.verbs.merge.adapter_values import row_lengths
 
 
 def assembled(plan: AdapterPlan, journal: Journal) -> tuple[Adapter, tuple[MergedTensor, ...]]:
@@ -50,7 +50,7 @@ def assembled(plan: AdapterPlan, journal: Journal) -> tuple[Adapter, tuple[Merge
     if adapter.weights and (output.energy is not None or output.size is not None):
         limit = {"energy": output.energy} if output.energy is not None else {"size": output.size}
         keys = ("memory", "device", "threads")
-        dtype = str(stored_dtype(plan)).removeprefix("torch.")
+        dtype = str(plan.stored_dtype).removeprefix("torch.")
         squeezed = compress(adapter, dtype=dtype, **limit, **{key: plan.options[key] for key in keys})
         assert squeezed.adapter is not None
         adapter = replace(adapter, weights=squeezed.adapter.weights)
@@ -93,7 +93,7 @@ def write(plan: AdapterPlan, adapter: Adapter, folder: Path) -> tuple[Path, tupl
     Raises:
         LrmergeError: the dialect, or the server that it is meant for, cannot hold it.
     """
-    dtype, target = stored_dtype(plan), plan.recipe.document.output.target
+    dtype, target = plan.stored_dtype, plan.recipe.document.output.target
     if plan.to != "peft":
         kept = {name: weight for name, weight in adapter.weights.items() if weight.delta.rank}
         weights = {name: replace(weight, delta=weight.delta.to(dtype)) for name, weight in kept.items()}
@@ -117,14 +117,6 @@ def _written_by(plan: AdapterPlan, adapter: Adapter) -> Layout | None:
     if layout is None or not adapter.weights.keys() <= layout.by_name.keys():
         return None
     return replace(layout, parameters=(*layout.parameters, *layout.tied), tied=(), ties={})
-
-
-def stored_dtype(plan: AdapterPlan) -> torch.dtype:
-    """The dtype of the result's factors: what was asked for, or that of the first factors that were given."""
-    if plan.dtype:
-        return DTYPES[plan.dtype]
-    weights = (weight for one in plan.adapters for weight in one.adapter.weights.values())
-    return next((weight.delta.A.dtype for weight in weights), torch.float32)
 
 
 def _base_and_config(plan: AdapterPlan) -> Adapter:

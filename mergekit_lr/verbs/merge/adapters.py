@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.checkpoint.folder import OutputFile, OutputFolder
 from mergekit_lr.checkpoint.shards import ShardedOutput
@@ -47,7 +49,9 @@ def merge_to_adapter(
     """Merge into an adapter and write it into ``folder``."""
     if plan.to == "peft" and folder.out.suffix == ".safetensors":
         raise UsageError(f"{folder.out}: a PEFT adapter is a folder; leave .safetensors off --out")
-    _compute(plan, journal, progress)
+    output = plan.recipe.document.output
+    final = output.energy is None and output.size is None
+    _compute(plan, journal, progress, plan.stored_dtype if final else None)
     adapter, tensors = assembled(plan, journal)
     report = report_of(plan, tensors, str(folder.out), started)
     file, notes = write(plan, named(plan, adapter), folder.partial)
@@ -83,9 +87,9 @@ def merge_to_model(
     return _finished(plan, report, folder, started)
 
 
-def _compute(plan: AdapterPlan, journal: Journal, progress: Advance) -> None:
-    """Merge everything that is not in the journal yet."""
-    work = AdapterMerging(plan, journal)
+def _compute(plan: AdapterPlan, journal: Journal, progress: Advance, dtype: torch.dtype | None = None) -> None:
+    """Merge everything that is not in the journal yet; ``dtype``: of factors in the journal."""
+    work = AdapterMerging(plan, journal, dtype)
     run(plan.schedule.without(journal), read=work.read, compute=work.compute, write=work.write, progress=progress)
 
 
