@@ -3,13 +3,14 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -424,3 +425,15 @@ def test_writing_refuses_what_the_base_does_not_have_or_peft_cannot_hold(tmp_pat
     with pytest.raises(FormatError, match=r"kernel of the convolution conv.weight is not known"):
         save(Adapter({"conv.weight": kernel}), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_revision_of_the_base_stands_apart(tmp_path):
+    """PEFT looks for the base under its name alone, at the revision beside it."""
+    adapter = Adapter({"layer.weight": AdaptedWeight(Kind.LINEAR, LowRank(torch.ones(2, 6), torch.ones(4, 2)))})
+    for number, (base, name, revision) in enumerate([("o/b@v1.0", "o/b", "v1.0"), ("o/b", "o/b", None)]):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        save(replace(adapter, base=base), folder)
+        config = PeftConfig.from_pretrained(folder)
+        assert (config.base_model_name_or_path, config.revision) == (name, revision)
+        assert open_peft(folder).base == base

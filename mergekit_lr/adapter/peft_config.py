@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
+from mergekit_lr.checkpoint.hub import split_ref
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import FormatError
@@ -72,9 +73,11 @@ def configuration(
     if task_type:
         kept["task_type"] = task_type
     kept["task_type"] = _task(kept.get("task_type"), modules, layout)
+    base, revision = split_ref(adapter.base or "")
     return kept | {
         "peft_type": "LORA",
-        "base_model_name_or_path": adapter.base,
+        "base_model_name_or_path": base or None,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": _patterns(ranks, rank),

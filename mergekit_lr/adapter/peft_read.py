@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.checkpoint.hub import split_ref
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import FormatError
@@ -34,7 +35,7 @@ _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 _HELD = {  # fields whose content the adapter holds otherwise
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules",
     "target_parameters", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "bias", "lora_bias",
-    "use_dora", "use_rslora",
+    "use_dora", "use_rslora", "revision",
 }  # fmt: skip
 
 
@@ -80,9 +81,15 @@ def open_peft(folder: str | Path, *, layout: Layout | None = None) -> Adapter:
         weights,
         saved,
         rows,
-        base=config.get("base_model_name_or_path"),
+        base=_base(config),
         config=kept | ({"notes": notes} if notes else {}),
     )
+
+
+def _base(config: Mapping[str, Any]) -> str | None:
+    """What the adapter is for, ``org/name@revision`` where the revision stands apart."""
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{base}@{revision}" if base and revision and not split_ref(base)[1] else base
 
 
 def _read_config(path: Path) -> dict[str, Any]:

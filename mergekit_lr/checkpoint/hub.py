@@ -18,6 +18,14 @@ TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 IGNORED = ("consolidated*", "training_args.bin", "optimizer*", "*/*")
 
 
+def split_ref(ref: str) -> tuple[str, str | None]:
+    """A Hub id without its revision, and the revision; a path, or an id without one, as it is."""
+    match = HUB_ID.fullmatch(ref)
+    if match is None or match["revision"] is None or Path(ref).expanduser().exists():
+        return ref, None
+    return match["id"], match["revision"]
+
+
 def local_path(ref: str) -> Path:
     """The local file or folder that ``ref`` means; a Hub id is downloaded (or found in the cache) first.
 

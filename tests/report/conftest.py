@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from world import World, make
+from results import World, make
 
 
 @pytest.fixture(scope="session")

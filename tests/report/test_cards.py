@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
+from results import ADAPTERS, MODELS, REVISION, blocks, cached, working_in
 from safetensors.torch import load_file, save
-from world import ADAPTERS, MODELS, REVISION, blocks, cached, working_in
 
 import mergekit_lr as lr
 from mergekit_lr.methods.registry import methods

@@ -19,8 +19,8 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from results import ADAPTERS, MODELS, REVISION, World, blocks, cached, working_in
 from torch import Tensor, nn
-from world import ADAPTERS, MODELS, REVISION, World, blocks, cached, working_in
 
 import mergekit_lr as lr
 from mergekit_lr.adapter.target import SERVERS
