@@ -15,7 +15,7 @@ Per module, for tasks t and u with deltas D_t = U_t S_t V_t^T:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def compare(adapters: Sequence[str | Path | Adapter], *, seed: int = 0) -> Compa
     for index, adapter in enumerate(opened):
         for weight in adapter.weights.values():
             norms[index] += float(weight.delta.norm().square().sum())
-    return summary(names, norms.sqrt(), modules, {n: t[0] for n, t in where.items() if len(t) == 1})
+    report = summary(names, norms.sqrt(), modules, {n: t[0] for n, t in where.items() if len(t) == 1})
+    return replace(report, hints=(*report.hints, *_hint_on_ranks(opened)))
 
 
 def compare_factors(name: str, tasks: Sequence[int], deltas: Sequence[LowRank], *, seed: int = 0) -> ModuleComparison:
@@ -223,6 +224,14 @@ def _hints(cosine: Tensor, means: dict[str, Tensor], norms: Tensor, interference
     if float(norms.max()) > 3 * float(norms.min().clamp_min(1e-300)):
         hints.append("norms differ more than threefold: give weights, or the largest task drowns the others")
     return hints
+
+
+def _hint_on_ranks(adapters: Sequence[Adapter]) -> list[str]:
+    """Adapters of different ranks have no common factors to average."""
+    ranks = [max(weight.delta.rank for weight in adapter.weights.values()) for adapter in adapters if adapter.weights]
+    if min(ranks) == max(ranks):
+        return []
+    return [f"ranks differ ({min(ranks)} to {max(ranks)}): merge in core space, or by cat with output.rank"]
 
 
 def short_names(refs: Sequence[str]) -> tuple[str, ...]:
