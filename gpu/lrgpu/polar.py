@@ -23,12 +23,11 @@ import torch
 
 from lrgpu import backend
 from lrgpu.backend import Array
+from lrgpu.graded import lower_gram, orthogonal_columns
 
 _LEAST = 1e-4  # of the bound on sigma_1: what the iteration can lift to 1 in float32
 _ITERATED = 256  # the shorter side from which on the iteration, and the graded route, are worth it
-_RESOLVED = 0.02  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
 _FIRST_ORDER = 0.1  # ||L|| from which on its square is no longer small
-_BLOCKS = 4  # of columns: the lower triangle of a Gram by blocks takes 5/8 of its products
 _TOGETHER = 1 << 20  # elements of a batch: larger ones fill a device each on its own
 
 
@@ -103,53 +102,26 @@ def _factors(M: Array) -> tuple[Array, Array]:
 def graded(M: Array) -> tuple[Array | None, int]:
     """P and the rank of one tall float32 matrix (m, n), from eigenproblems in float32; no P where they do not do.
 
-    With M^T M = V w V^T the columns of X = M V are orthogonal, but those that are short against the longest only
-    roughly: they get an eigenproblem of their own, and the shortest of them one again. Then X^T X = D (I + E) D
-    with the lengths D and a small E, and to first order in E
+    With X = M V, its columns of lengths D nearly orthogonal (graded.py): X^T X = D (I + E) D, and to first order in E
 
         X (X^T X)^(-1/2) = U (I - L),  U = X D^-1,  L_ij = E_ij d_i / (d_i + d_j),
 
     where no small difference d_i - d_j stands below, as it would for singular vectors. Cost: 4.3 products of M's size
-    and the eigenproblem, and one more of the k short columns.
+    and the eigenproblem, and more of both for the short columns.
     """
     library = backend.of(M)
     xp = library.xp
-    m, n = M.shape
     M = M / xp.clip(xp.amax(abs(M)), 1e-30, None)  # squares of very small numbers are none
-    _, V = xp.linalg.eigh(_lower_gram(M))
-    X = M @ V
-    d = xp.linalg.norm(X, None, 0)
-    floor = max(m, n) * float(xp.finfo(M.dtype).eps) * float(d.max())
-    short, before = n, n + 1
-    while 1 < short < before:
-        before, short = short, int((d[:short] < _RESOLVED * float(d[:short].max())).sum())
-        if float(xp.linalg.norm(d[:short])) <= floor:  # all of them are rounding
-            break
-        _, turn = xp.linalg.eigh(_lower_gram(X[:, :short]))
-        X[:, :short], V[:, :short] = X[:, :short] @ turn, V[:, :short] @ turn
-        d[:short] = xp.linalg.norm(X[:, :short], None, 0)
-    counts = d > floor
+    X, V, d = orthogonal_columns(M)
+    counts = d > max(M.shape) * float(xp.finfo(M.dtype).eps) * float(d.max())
     d, V = d[counts], V[:, counts]
     U = X[:, counts] / d
-    E = xp.tril(_lower_gram(U), -1)
+    E = xp.tril(lower_gram(U), -1)
     share = d[:, None] / (d[:, None] + d)
     L = E * share + (E * (1 - share)).swapaxes(-1, -2)
     if float(xp.linalg.norm(L)) > _FIRST_ORDER:
         return None, 0
     return (U - U @ L) @ V.swapaxes(-1, -2), len(d)
-
-
-def _lower_gram(X: Array) -> Array:
-    """X^T X (n, n) of X (m, n) on and below the diagonal; above it something else."""
-    library = backend.of(X)
-    n = X.shape[-1]
-    gram = library.empty((n, n), X.dtype, X)
-    step = max(1, -(-n // _BLOCKS))
-    gram[...] = 0
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        gram[rows, : start + step] = X[:, rows].swapaxes(-1, -2) @ X[:, : start + step]
-    return gram
 
 
 def iterate(M: Array) -> Array | None:

@@ -223,3 +223,26 @@ def test_what_does_not_fit_is_refused():
     matrix[3, 4] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         truncated_svd(matrix, 4)
+
+
+@pytest.mark.parametrize("shape", [(300, 260), (260, 300), (256, 256)])
+@pytest.mark.parametrize("spectrum", ["normal", "power", "bfloat16 noise"])
+def test_large_rank_from_a_gram(shape: tuple[int, int], spectrum: str):
+    """A good part of all triplets, float32: as close to the best as asked, and the report true."""
+    rows, columns = shape
+    D = normal(rows, columns)
+    if spectrum == "power":
+        D = with_spectrum(torch.arange(1, 257) ** -0.7, rows, columns)
+    elif spectrum == "bfloat16 noise":
+        D = 1e-2 * normal(rows, 8) @ normal(8, columns, seed=1)
+        D = (D + normal(rows, columns, seed=2)).bfloat16().float() - normal(rows, columns, seed=2).bfloat16().float()
+    D, rank = D.float(), 120
+    found = truncated_svd(D, rank, tolerance=1e-3)
+    assert found.passes == 4, "the route was not taken"
+    exact = torch.linalg.svdvals(D.double())
+    least = float(exact[rank:].norm())
+    residual = float((D.double() - (found.U.double() * found.S) @ found.Vh.double()).norm())
+    assert residual < 1.001 * least
+    assert float(found.residual) == pytest.approx(residual, rel=1e-4)
+    for vectors in (found.U.mT, found.Vh):
+        torch.testing.assert_close(vectors @ vectors.mT, torch.eye(rank), rtol=0, atol=1e-4)
