@@ -23,8 +23,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-ser
 
 WORDS: Spec = {"titleColor": "var(--ink-2)", "titleFontWeight": "normal", "titleFontSize": 12, "labelFontSize": 12}
 CONFIG: Spec = {
-    # A screen reader is given the caption and the table; a thousand marks would only be in its way.
-    "aria": False,
+    "aria": False,  # a screen reader is given the caption and the table; a thousand marks would be in its way
     "background": "transparent",
     "font": FONT,
     "view": {"stroke": None},

@@ -6,7 +6,10 @@
   for (const source of document.querySelectorAll("script[data-chart]")) {
     const place = document.getElementById(source.dataset.chart);
     vegaEmbed(place, JSON.parse(source.textContent), { renderer: "svg", actions: false }).then(
-      () => { place.dataset.drawn = ""; },
+      () => {
+        place.querySelector("svg").setAttribute("aria-hidden", "true"); // caption and table say it in words
+        place.dataset.drawn = "";
+      },
       (error) => { place.textContent = `This figure cannot be drawn: ${error.message}`; },
     );
   }
