@@ -56,7 +56,7 @@ ADDED = {
     ModuleView: ("effective_rank",),
     AdapterView: ("total_rank", "norm"),
 }
-TOTALS = {
+TOTALS: dict[Any, tuple[str, ...]] = {
     ExtractReport: ("energy", "error", "total_rank", "states"),
     AdapterReport: ("energy", "error", "rounding", "rank_before", "total_rank", "states"),
     ApplyReport: ("norm", "rounding_error", "states"),

@@ -52,16 +52,8 @@ def test_completion_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}], ids=["pipe", "NO_COLOR"])
-def test_no_colour(variables: dict[str, str]):
-    ended = subprocess.run([LRMERGE, "methods", "ties"], capture_output=True, text=True, env=os.environ | variables)
+def test_no_colour_where_nobody_wants_it():
+    plain = os.environ | {"NO_COLOR": "1", "FORCE_COLOR": "1"}
+    ended = subprocess.run([LRMERGE, "methods", "ties"], capture_output=True, text=True, env=plain)
     assert ended.returncode == 0
     assert "\x1b[3" not in ended.stdout
-
-
-def test_doctor_without_a_way_to_the_hub():
-    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
-    ended = subprocess.run([LRMERGE, "doctor", "--json"], capture_output=True, text=True, env=nowhere)
-    assert ended.returncode == 0, ended.stderr
-    assert "a token is set, but the Hub did not confirm it (ConnectError)" in ended.stdout
-    assert "hf_none" not in ended.stdout + ended.stderr

@@ -1,6 +1,6 @@
 """The folder in which the pages are read: models and adapters under the names that the pages use, all tiny.
 
-org/base has 16 layers, as models of a billion parameters have, so that ranges of layers in recipes are usual ones.
+org/base has eight layers, so that gradients and ranges of layers in recipes mean something.
 org/math, org/code and org/chat are fine-tunes of it, org/tools one with two tokens more. org/math-lora, org/code-lora
 (rank 8) and org/chat-lora (rank 4) are adapters that started from the same A, as those of one training script do.
 style.safetensors is a kohya file for a UNet. examples/ is the project's own.
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS, HIDDEN = 16, 24
+LAYERS, HIDDEN = 8, 24
 TASKS = {"math": 8, "code": 8, "chat": 4}
 
 
