@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from pages import Page
+from parsed import Page
 from tiny import lrmerge, refused
 
 import mergekit_lr as lr
