@@ -27,6 +27,7 @@ VARIES = [
     (re.compile(r"\b\d+ min \d+ s\b|\b\d+ h \d+ min\b|\b\d+(?:\.\d+)? (?:s|ms)\b"), "TIME"),
     (re.compile(r"\b\d+(?:\.\d+)? [kMGT]?B/s\b"), "RATE"),
     (re.compile(r"peak memory \d+(?:\.\d+)? [kMGT]?B"), "peak memory SIZE"),
+    (re.compile(r"\b\d+(?:\.\d+)? [kM]?B(?= to send|, opens)"), "SIZE"),  # of texts whose words may change
     (re.compile(r"with \d+ workers"), "with N workers"),
     (re.compile(r"[▁▂▃▄▅▆▇█]"), "▄"),
     (re.compile(r"\s+"), " "),
