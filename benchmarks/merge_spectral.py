@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,26 +39,31 @@ class Case(NamedTuple):
     summed: Callable[[], Tensor]
 
 
-def measured(run: Callable[[], Any]) -> tuple[Any, Cost]:
-    """The result of a call and what it took; memory is sampled every 5 ms."""
+def seconds(run: Callable[[], Any]) -> float:
+    """CPU seconds of a call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def peak(run: Callable[[], Any]) -> tuple[Any, int]:
+    """The result of a call and the memory it added, sampled every 5 ms; too slow to be timed as well."""
     ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would be used again unseen
-    before, peak, done = _anonymous(), 0, threading.Event()
+    before, most, done = _anonymous(), 0, threading.Event()
 
     def sample() -> None:
-        nonlocal peak
+        nonlocal most
         while not done.wait(0.005):
-            peak = max(peak, _anonymous())
+            most = max(most, _anonymous())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.process_time()
     try:
         result = run()
-        seconds = time.process_time() - start
     finally:
         done.set()
         sampler.join()
-    return result, Cost(seconds, max(peak - before, 0))
+    return result, max(most - before, 0)
 
 
 def _anonymous() -> int:
@@ -149,19 +155,19 @@ def spectral(hidden: int, args: Any) -> list[dict]:
         for name, case in cases(hidden, args.tasks, spectrum, args.rank).items():
             if name not in args.methods or (name in ("knots", "core_space") and spectrum != args.spectra[0]):
                 continue
-            costs: dict[str, list[Cost]] = {"ours": [], "dense": []}
-            results = {}
+            runs = {"ours": case.ours, "dense": lambda case=case: case.dense(torch.float32)}
+            held = {route: peak(run) for route, run in runs.items()}
+            times: dict[str, list[float]] = {route: [] for route in runs}
             for _ in range(args.repeat):
-                for route, run in ("ours", case.ours), ("dense", lambda case=case: case.dense(torch.float32)):
-                    results[route], cost = measured(run)
-                    costs[route].append(cost)
+                for route, run in runs.items():
+                    times[route].append(seconds(run))
             row: dict = {"hidden": hidden, "tasks": args.tasks, "method": name}
             row["input"] = f"rank {args.rank}" if name in ("knots", "core_space") else spectrum
-            for route, taken in costs.items():
-                row[route] = Cost(*(statistics.median(column) for column in zip(*taken, strict=True)))._asdict()
+            for route, taken in times.items():
+                row[route] = Cost(statistics.median(taken), held[route][1])._asdict()
             if args.exact:
                 exact = case.dense(torch.float64)
-                for route, result in results.items():
+                for route, (result, _) in held.items():
                     row[route]["error"] = error(as_dense(result), exact, case.summed())
             rows.append(row)
             show_spectral(row)
@@ -230,16 +236,17 @@ def whole_adapters(args: Any) -> list[dict]:
         for (m, n), count in modules(args.hidden).items():
             for number in range(count * args.layers):
                 factors = adapters(m, n, args.tasks, args.rank, seed=number)
-                _, cost = measured(lambda f=factors, o=options, name=name: lr.merge_tensors(name, f, **o))
-                row["ours"] += cost.seconds
-                row["memory"] = max(row["memory"], cost.memory)
+                merge = partial(lr.merge_tensors, name, factors, **options)
+                if number == 0:
+                    row["memory"] = max(row["memory"], peak(merge)[1])
+                row["ours"] += seconds(merge)
             row["modules"] += count * args.layers
             if label == "lora_lego":
                 continue
             d_out, d_in = m // args.shrink, n // args.shrink
             deltas = [factor.dense() for factor in adapters(d_out, d_in, args.tasks, args.rank)]
-            _, cost = measured(lambda d=deltas, label=label: by_dense_svd(label, d, args.tasks * args.rank))
-            row["dense"] += cost.seconds * args.shrink**3 * count * args.layers
+            taken = seconds(partial(by_dense_svd, label, deltas, args.tasks * args.rank))
+            row["dense"] += taken * args.shrink**3 * count * args.layers
         rows.append(row)
         ratio = f"{row['dense']:12.0f} {row['dense'] / row['ours']:9.0f}x" if row["dense"] else f"{'':>12} {'':>10}"
         each = 1e3 * row["ours"] / row["modules"]
