@@ -17,9 +17,10 @@ files: Llama-shaped models, bfloat16, sharded, are made on the fly (merge_files.
     dare_ties draws: its error is that of lrmerge alone, against its own masks in float64. mergekit gets an
     environment of its own: python3 -m venv mk && mk/bin/pip install mergekit.
 
-spectral: in one process, runs alternate, medians of CPU seconds. The dense route is the authors' (dense_routes.py) in
-    float32, on the same deltas of full rank; KnOTS and Core Space merge adapters. Memory is what a call adds at its
-    peak. Errors are against the same formula in float64, on the directions that float32 tells from rounding.
+spectral: in one process, runs alternate, medians of CPU seconds; memory, what a call adds at its peak, is sampled in a
+    run of its own. The dense route is the authors' (dense_routes.py) in float32, on the same deltas of full rank; KnOTS
+    and Core Space merge adapters. Errors are against the same formula in float64, on the directions that float32 tells
+    from rounding.
 
 adapters: adapters of a 7B-shaped model, module by module. The dense way multiplies the deltas out: formula and dense
     SVD for Iso-C, TSV and KnOTS, for the others the merged delta and one SVD back to factors. It is measured on one
