@@ -136,6 +136,10 @@ LIVE: dict[str, tuple[Callable[[], nn.Module], dict]] = {
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
+    "llama tied head saved": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
     "llama tied together": (
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
@@ -169,6 +173,10 @@ def test_the_model_computes_what_the_adapter_computes(case, tmp_path):
         wanted, ours, before = (m(**IDS).logits for m in (adapted, merged, base))
     assert (wanted - before).abs().max() > 1e-2
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    lr.apply(tmp_path / "base", [lr.open_adapter(tmp_path / "adapter").adapter], tmp_path / "memory")
+    assert (
+        tiny.contents(tmp_path / "out")["model.safetensors"] == tiny.contents(tmp_path / "memory")["model.safetensors"]
+    )
     untied = json.loads((tmp_path / "out" / "config.json").read_text()).get("tie_word_embeddings")
     if "tied" in case:
         assert untied == (case.endswith(("rows", "together")))
@@ -189,6 +197,10 @@ def test_factors_at_both_ends_keep_the_tie(tmp_path):
     assert "new" not in report.states
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
     torch.testing.assert_close(tensors_of(tmp_path / "out")[tiny.TABLE], tuned[tiny.TABLE], rtol=1e-5, atol=1e-5)
+    memory = lr.extract(tmp_path / "base", tmp_path / "tuned", rank=6).adapter
+    applied = lr.apply(tmp_path / "base", [memory]).tensors
+    assert tiny.HEAD not in applied
+    torch.testing.assert_close(applied[tiny.TABLE], tuned[tiny.TABLE], rtol=1e-5, atol=1e-5)
 
 
 # --- sums and inverses ---

@@ -310,6 +310,97 @@ def test_a_dora_of_convolutions_goes_through_lycoris(tmp_path, unet):
     assert all(torch.allclose(wanted[name], got[name], atol=1e-6) for name in wanted)
 
 
+# --- ties: PEFT changes the end that an adapter names, and the other one stays
+
+TIED = {
+    "factors": peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]),
+    "factors of the head": peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"]),
+    "saved table": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "saved head": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "saved together": peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
+    "rows": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 9]),
+    "another type": peft.LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+}
+
+
+def tied_recipe(source: Path, base: Path) -> dict:
+    return {
+        "version": 1,
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "adapters": [{"adapter": str(source)}],
+        "output": {"rank": 16},
+    }
+
+
+WRITING = {
+    "convert": lambda source, base, out: lr.convert(source, out, to="peft", base=base, rank=16),
+    "convert without a base": lambda source, base, out: lr.convert(source, out, to="peft"),
+    "convert in memory": lambda source, base, out: lr.convert(
+        lr.convert(source, to="peft", base=base, rank=16).adapter, out, to="peft", base=base
+    ),
+    "compress": lambda source, base, out: lr.compress(source, out, error=0, base=base),
+    "merge": lambda source, base, out: lr.merge(tied_recipe(source, base), out),
+    "merge into a model": lambda source, base, out: lr.merge(
+        tied_recipe(source, base) | {"output": {"kind": "model"}}, out
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TIED)
+def tied(request, tmp_path_factory):
+    """A model with one table at both ends, its folder, an adapter of it, and what PEFT computes with that."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = tied_llama(folder / "base")
+    source = trained(folder / "adapter", model, TIED[request.param])
+    wanted = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), source))
+    assert (wanted - logits(model)).abs().max() > 1e-2
+    return model, folder / "base", source, wanted
+
+
+def tied_llama(folder: Path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(12).reshape(2, 6)).logits
+
+
+@pytest.mark.parametrize("way", WRITING)
+def test_the_other_end_of_a_tie_stays_as_the_adapter_leaves_it(way, tied, tmp_path, request):
+    model, base, source, wanted = tied
+    if "another type" in request.node.callspec.id and way in ("compress", "convert without a base"):
+        with pytest.raises(UsageError, match=r"is no LoRA yet|needs its base"):
+            WRITING[way](source, base, tmp_path / "out")
+        return
+    WRITING[way](source, base, tmp_path / "out")
+    if way == "merge into a model":
+        found = logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    else:
+        found = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out"))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["base", None])
+def test_a_table_that_goes_into_the_base_still_changes_both_ends(base, tmp_path):
+    """A tensor under the name of a base parameter is loaded into it: that is no module of its own."""
+    model = tied_llama(tmp_path / "base")
+    source = trained(tmp_path / "source", model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    file, generator = source / "adapter_model.safetensors", torch.Generator().manual_seed(2)
+    table = torch.randn(SHAPE["vocab_size"], SHAPE["hidden_size"], generator=generator)
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": table}, file, {"format": "pt"})
+    wanted = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), source))
+    lr.convert(source, tmp_path / "out", to="peft", base=base and tmp_path / base)
+    found = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out"))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 # --- experts
 
 

@@ -35,11 +35,13 @@ class AdaptedWeight:
 class Adapter:
     """Everything that an adapter changes in its base.
 
-    weights: full name of the parameter in memory (``model.layers.0.self_attn.q_proj.weight``) to its change.
-    saved: full name in memory to a replacement in full (``modules_to_save``, biases).
+    weights: full name of the parameter in memory (``model.layers.0.self_attn.q_proj.weight``) to its change, every end
+        of a tie on its own.
+    saved: full name in memory to a replacement in full. Of a module that ``config["modules_to_save"]`` names it
+        stands in that place alone; else it goes into the base, and so into every end of a tie.
     token_rows: embedding parameter to (indices, rows), rows in full (``trainable_token_indices``).
     base: name or path of the base model, where it is known.
-    config: fields of the source's configuration that nothing above holds, kept for the way back.
+    config: fields of the source's configuration that the rest does not say, kept for the way back.
     metadata: string metadata of the source file (``ss_*``, ``modelspec.*``).
     added: full name in memory to a difference in full, in the parameter's own shape: changes of no low rank.
     """

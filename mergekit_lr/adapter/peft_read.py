@@ -34,8 +34,8 @@ _FOREIGN = ("kasa_config", "use_bdlora", "arrow_config", "layer_replication")
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
 _HELD = {  # fields whose content the adapter holds otherwise
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules",
-    "target_parameters", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "bias", "lora_bias",
-    "use_dora", "use_rslora", "revision",
+    "target_parameters", "trainable_token_indices", "fan_in_fan_out", "bias", "lora_bias", "use_dora", "use_rslora",
+    "revision",
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def save(
             f"{min(adapter.added)}: its change is no product of factors; decompose it first (lrmerge convert --to peft "
             "with --rank, --energy or --error)"
         )
-    weights = {name: weight for name, weight in _everywhere(adapter, layout).items() if weight.delta.rank}
+    weights = {name: weight for name, weight in at_every_end(adapter, layout).items() if weight.delta.rank}
     weights = _with_biases(weights)
     saved = _saved_everywhere(adapter, layout)
     carriers = {name: _carrier(name, weight, layout) for name, weight in weights.items()}
@@ -88,8 +88,12 @@ def save(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _everywhere(adapter: Adapter, layout: Layout | None) -> dict[str, AdaptedWeight]:
-    """The weights by name, a tied one at every end of its tie in the orientation of that end."""
+def at_every_end(adapter: Adapter, layout: Layout | None) -> dict[str, AdaptedWeight]:
+    """The weights by name, the source of a tie at every end of it in the orientation of that end.
+
+    Raises:
+        MismatchError: The adapter names a parameter that the layout does not have.
+    """
     if layout is None:
         return dict(adapter.weights)
     spread: dict[str, AdaptedWeight] = {}
@@ -145,6 +149,10 @@ def _whole_modules(
 ) -> tuple[str, ...]:
     if layout is not None:
         return saved_modules(layout, [name for name in saved if name in layout.by_name], targets)
+    if "modules_to_save" in adapter.config:  # from a file: the rest of what it saved in full goes into the base
+        modules = tuple(adapter.config["modules_to_save"] or ())
+        found = dict.fromkeys(module_of(name) for name in saved)
+        return tuple(m for m in found if m and m not in targets and m.endswith(modules))
     # Without the model: a module of which there is more than a bias, as far as one can see.
     leaves: dict[str, set[str]] = defaultdict(set)
     for name in saved:

@@ -18,9 +18,11 @@ from mergekit_lr.adapter import comfy, diffusers, kohya, lycoris, peft
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.file import write_file
 from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.adapter.peft_config import module_of
 from mergekit_lr.adapter.target import SERVERS, rewrite_config
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.folder import OutputFolder
+from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.writer import out_of_space
 from mergekit_lr.errors import UsageError
@@ -104,10 +106,7 @@ class Destination:
 
     def _write_folder(self, folder: OutputFolder, adapter, report, source, base, options, started) -> AdapterReport:
         file = folder.partial / PEFT_FILE
-        layout = base.layout if base is not None else None
-        if layout is not None and not adapter.weights.keys() <= layout.by_name.keys():
-            layout = None  # single experts, under names that only the disk has
-        peft.save(with_axes(adapter), folder.partial, layout=layout)
+        save_peft(adapter, folder.partial, base.layout if base is not None else None)
         if adapter.metadata:
             write_file(file, load_file(file), {"format": "pt", **adapter.metadata})
         if report.target in SERVERS:
@@ -145,6 +144,33 @@ def _manifest(report: AdapterReport, source: Source, base: Base | None, options:
     if base is not None:
         inputs["base"] = base.checkpoint
     return manifest(report.verb, inputs, options, report.to_json())
+
+
+def save_peft(adapter: Adapter, folder: Path, layout: Layout | None, *, dtype: torch.dtype | None = None) -> None:
+    """Write a PEFT folder that changes the ends of a tie that ``adapter`` names, and no other.
+
+    A LoRA on a table leaves the head that shares it alone, and so does a table of ``modules_to_save``: PEFT puts a
+    copy in its place. What else is saved in full goes into the base itself, and so into every end.
+
+    Args:
+        adapter: what to write. folder: an existing folder. layout: of the base, where it is known. dtype: what the
+            factors are rounded to; None leaves them.
+
+    Raises:
+        LrmergeError: PEFT cannot hold the adapter.
+    """
+    if layout is not None and not adapter.weights.keys() <= layout.by_name.keys():
+        layout = None  # single experts, under names that only the disk has
+    if layout is not None:
+        modules = tuple(adapter.config.get("modules_to_save") or ())
+        saved = dict(adapter.saved)
+        for name in adapter.saved:
+            if name in layout.by_name and not module_of(name).endswith(modules):
+                for end in layout.ends(layout.ties.get(name, name)):
+                    saved.setdefault(end.name, adapter.saved[name])
+        adapter = replace(adapter, saved=saved)
+        layout = replace(layout, parameters=(*layout.parameters, *layout.tied), tied=(), ties={})
+    peft.save(with_axes(adapter), folder, dtype=dtype, layout=layout)
 
 
 def with_axes(adapter: Adapter) -> Adapter:

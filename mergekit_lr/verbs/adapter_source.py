@@ -141,7 +141,7 @@ def _open_variant(path: Path, config: dict[str, Any], base: Base | None) -> Vari
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of another type's configuration, what a LoRA's has as well and that is still true of it."""
-    return {key: config[key] for key in ("task_type", "revision") if config.get(key) is not None}
+    return {key: config[key] for key in ("task_type", "revision", "modules_to_save") if config.get(key) is not None}
 
 
 def _with_plain_magnitudes(adapter: Adapter) -> Adapter:

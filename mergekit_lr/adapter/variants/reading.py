@@ -55,7 +55,7 @@ TYPES = {
 # Types that replace values instead of changing them, and hold no mathematics: name in the file -> what it is.
 REPLACING = {"LN_TUNING": "ln_tuning_layers.", "TRAINABLE_TOKENS": "trainable_tokens_delta"}
 # Fields of a configuration that hold for a change of weights, whatever type it came from.
-NEUTRAL = ("task_type", "revision")
+NEUTRAL = ("task_type", "revision", "modules_to_save")
 PREFIX = "base_model.model."
 
 Delta = LowRank | Tensor

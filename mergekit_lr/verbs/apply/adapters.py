@@ -91,9 +91,7 @@ def open_onto(base: Checkpoint, layout: Layout, ref: Reference, weight: float, *
         one = collected.parameter(name).name
         collected.put(name, made=lambda variant=variant, one=one: _delta(variant, one))
     for name, tensor in adapter.saved.items():
-        collected.replace(
-            name, tensor, alone=name.rpartition(".")[0].endswith(read.replaced) if read.replaced else False
-        )
+        collected.replace(name, tensor, alone=name.rpartition(".")[0].endswith(read.replaced))
     for name, (indices, rows) in adapter.token_rows.items():
         collected.rows(name, indices, rows)
     changes, notes = collected.changes, list(adapter.config.get("notes", ()))
@@ -110,7 +108,7 @@ def _called(ref: Reference) -> str:
 
 def _read(base: Checkpoint, layout: Layout, ref: Reference, called: str) -> _Read:
     if isinstance(ref, Adapter):
-        return _Read(ref, "memory")
+        return _Read(ref, "memory", replaced=tuple(ref.config.get("modules_to_save") or ()))
     path = local_path(str(ref))
     folder = path.parent if path.name == "adapter_model.safetensors" else path
     config = read_config(folder / "adapter_config.json") if folder.is_dir() else {}

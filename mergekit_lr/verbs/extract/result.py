@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_lr.adapter import peft
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
+from mergekit_lr.adapter.peft_write import at_every_end
 from mergekit_lr.checkpoint.pair import read_whole, refuse_nan_in
 from mergekit_lr.checkpoint.parameter import Parameter
 from mergekit_lr.checkpoint.quantized import FP8
@@ -185,11 +186,11 @@ def write(plan: ExtractPlan, adapter: Adapter, report: ExtractReport, folder: Pa
     return report
 
 
-def in_memory(adapter: Adapter, report: ExtractReport) -> ExtractReport:
-    """The report with its adapter, every tensor copied out of the journal's files."""
+def in_memory(plan: ExtractPlan, adapter: Adapter, report: ExtractReport) -> ExtractReport:
+    """The report with its adapter, at every end of a tie, every tensor copied out of the journal's files."""
     weights = {
         name: replace(w, delta=LowRank(w.delta.A.clone(), w.delta.B.clone(), w.delta.scaling))
-        for name, w in adapter.weights.items()
+        for name, w in at_every_end(adapter, plan.pairing.layout).items()
     }
     saved = {name: tensor.clone() for name, tensor in adapter.saved.items()}
     return replace(report, adapter=replace(adapter, weights=weights, saved=saved))

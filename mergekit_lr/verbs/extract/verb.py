@@ -71,7 +71,7 @@ def extract(
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
             compute(plan, journal, progress)
-            return in_memory(*assemble(plan, journal, None, started))
+            return in_memory(plan, *assemble(plan, journal, None, started))
     inputs = [checkpoint.folder for checkpoint in (plan.base, plan.finetuned) if checkpoint.folder]
     with OutputFolder(out, overwrite=overwrite, resume=resume, inputs=inputs) as folder:
         journal = Journal(folder.partial, _fingerprint(plan), resume=resume)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from mergekit_lr.adapter import peft
 from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.components import named_for
 from mergekit_lr.adapter.experts import padded
@@ -17,11 +16,10 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.target import SERVERS, fit, rewrite_config
 from mergekit_lr.adapter.variants.site import as_matrix
 from mergekit_lr.checkpoint.folder import OutputFile
-from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.report.merging import MergedTensor, MergeReport
-from mergekit_lr.verbs.adapter_destination import WRITERS, with_axes
+from mergekit_lr.verbs.adapter_destination import WRITERS, save_peft
 from mergekit_lr.verbs.adapter_source import PEFT_FILE
 from mergekit_lr.verbs.compress import compress
 from mergekit_lr.verbs.merge.adapter_parts import Step
@@ -102,26 +100,16 @@ def write(plan: AdapterPlan, adapter: Adapter, folder: Path) -> tuple[Path, tupl
     notes: tuple[str, ...] = ()
     if target is not None:
         adapter, notes = fit(adapter, target, plan.layout)
-    peft.save(with_axes(adapter), folder, dtype=dtype, layout=_written_by(plan, adapter))
+    save_peft(adapter, folder, plan.layout, dtype=dtype)
     if target in SERVERS:
         rewrite_config(folder)
     return folder / PEFT_FILE, notes
 
 
-def _written_by(plan: AdapterPlan, adapter: Adapter) -> Layout | None:
-    """The base's layout, every end of a tie on its own: the sources say at which ends they change it.
-
-    None for single experts, under names that only the disk has.
-    """
-    layout = plan.layout
-    if layout is None or not adapter.weights.keys() <= layout.by_name.keys():
-        return None
-    return replace(layout, parameters=(*layout.parameters, *layout.tied), tied=(), ties={})
-
-
 def _base_and_config(plan: AdapterPlan) -> Adapter:
     """An adapter of nothing yet: its base, and what stays true of the sources' configurations."""
-    config = {}
+    modules = [module for one in plan.adapters for module in one.adapter.config.get("modules_to_save") or ()]
+    config = {"modules_to_save": list(dict.fromkeys(modules))} if modules else {}
     for one in plan.adapters:
         config = {k: v for k, v in one.adapter.config.items() if k in KEPT and v is not None} | config
     return Adapter({}, base=plan.base.ref if plan.base is not None else _base_ref(plan), config=config)
