@@ -6,7 +6,8 @@ one, as U V^T of a full SVD does, would fill P with noise: at rank n / 4 three t
 
 Routes, (..., m, n) each, n the shorter side:
 Graded: float32 on a CPU, from n = 256 on. Eigenproblems in float32, corrected to first order: see :func:`graded`.
-    Closer to the float64 result than a float32 SVD, in two thirds of its time.
+    Three quarters of the time of a float32 SVD where singular values fall slowly (1024^2, one AVX2 core: 317, 431 ms)
+    and as much where most are below 0.02 sigma_1. Errors of P are alike: 1e-6 to 1e-4 as the condition grows.
 Gram: M^T M = V w V^T in float64 and P = M V w^(-1/2) V^T, in two thirds of the time of a float64 SVD.
 SVD: where squaring the condition number has lost a direction that counts (float64 input, mostly).
 Iteration, on a GPU: cubic Newton-Schulz steps with the scaling that is optimal for the interval in which the singular
