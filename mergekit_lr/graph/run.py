@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mergekit_lr.graph.resources import keep_freed_memory
 from mergekit_lr.graph.schedule import Batch, Schedule
 
 
@@ -37,6 +38,7 @@ def run(
 
     The first error stops the run: batches under way are finished, no other is begun, and the error is raised.
     """
+    keep_freed_memory()
     total, done = plan.cost.read, 0
     if progress:
         progress(Progress(0, total, ""))

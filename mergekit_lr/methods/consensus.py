@@ -82,7 +82,10 @@ class _Sides:
             if self.unweighted:
                 (self.up, self.down)[i].addcmul_(weighted, self.side)
             if self.divisors is not None:
-                self.divisors[i].add_(self.side * share if isinstance(share, Tensor) else self.side.mul_(share))
+                if isinstance(share, Tensor):
+                    self.divisors[i].add_(self.side * share)
+                else:
+                    self.divisors[i].add_(self.side, alpha=share)
         if self.vote is not None:
             self.vote += voter.sign() if self.counted else voter
 
