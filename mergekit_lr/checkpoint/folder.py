@@ -1,7 +1,8 @@
 """An output folder that appears whole or not at all.
 
 Work goes to ``OUT.partial`` beside it and is renamed when complete. What stood at OUT before is moved aside first and
-removed last, so no moment of a crash loses it.
+removed last, so no moment of a crash loses it. One run at a time has ``OUT.partial``: it holds the lock of that folder,
+whose file goes last, so that nobody else begins in a folder that is still being moved or emptied.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from mergekit_lr.checkpoint.lock import LOCK, locked
 from mergekit_lr.checkpoint.writer import out_of_space
-from mergekit_lr.errors import UsageError
+from mergekit_lr.errors import LrmergeError, UsageError
 
 # A folder that holds one of these was made by a tool of this field and may be replaced on request.
 RESULTS = ("lrmerge.json", "adapter_config.json")
 # One that holds one of these is our own unfinished work.
-UNFINISHED = (*RESULTS, "journal.jsonl")
+UNFINISHED = (*RESULTS, "journal.jsonl", LOCK)
 
 
 class OutputFolder:
@@ -31,7 +34,7 @@ class OutputFolder:
 
     Raises:
         UsageError: OUT exists, is an input, is no result that may be replaced, or cannot be written.
-        CapacityError: the disk is full.
+        CapacityError: the disk is full. LrmergeError: another run is writing to OUT.
     """
 
     def __init__(self, out: str | Path, *, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()):
@@ -43,9 +46,14 @@ class OutputFolder:
         try:
             self._check_free([path.resolve() for path in inputs])
             self._check_earlier(overwrite)
-            if self.partial.exists() and not resume:
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.partial)
+            self._check_again(overwrite)
+            if not resume:
+                self._empty()
+        except BlockingIOError:
+            raise LrmergeError(
+                f"{self.out}: another run is writing there; wait until it has ended, or choose another --out"
+            ) from None
         except OSError as error:
             if (full := out_of_space(error, self.partial)) is not error:
                 raise full from None
@@ -61,6 +69,7 @@ class OutputFolder:
             return
         if isinstance(error, Exception):
             self.discard()
+        self._lock.close()
         if isinstance(error, OSError):
             raise out_of_space(error, self.out) from None
 
@@ -71,13 +80,26 @@ class OutputFolder:
             old = next(place for i in range(1000) if not (place := self._aside(i)).exists())
             self.out.rename(old)
         self.partial.rename(self.out)
+        (self.out / LOCK).unlink(missing_ok=True)
+        self._lock.close()
         if old is not None:
             shutil.rmtree(old)
         return self.out
 
     def discard(self) -> None:
         """Remove the unfinished work."""
+        with suppress(OSError):
+            self._empty()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
+
+    def _empty(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def _aside(self, count: int) -> Path:
         return self.out.with_name(f"{self.out.name}.old{count or ''}")
@@ -94,6 +116,14 @@ class OutputFolder:
                     f"{self.partial}: is needed for unfinished work and holds something else; move it, or choose "
                     "another --out"
                 )
+
+    def _check_again(self, overwrite: bool) -> None:
+        """Stop at the result of a run that held the lock until now."""
+        try:
+            self._check_earlier(overwrite)
+        except UsageError:
+            self.discard()
+            raise
 
     def _check_earlier(self, overwrite: bool) -> None:
         """Stop at what stands at OUT already, unless it may be replaced."""
@@ -125,7 +155,7 @@ class OutputFile(OutputFolder):
         """Put the finished file and its manifest at their places and return the file's path."""
         os.replace(self.partial / "lrmerge.json", self.out.with_suffix(".lrmerge.json"))
         os.replace(self.partial / self.FILE, self.out)
-        shutil.rmtree(self.partial)
+        self.discard()
         return self.out
 
     def _check_earlier(self, overwrite: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,7 +19,7 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.adapter.peft_config import module_of
 from mergekit_lr.adapter.target import SERVERS, rewrite_config
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
-from mergekit_lr.checkpoint.folder import OutputFolder
+from mergekit_lr.checkpoint.folder import OutputFile, OutputFolder
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.writer import out_of_space
@@ -57,24 +55,18 @@ class Destination:
 
     def __init__(self, out: str | Path, to: str, *, overwrite: bool, inputs: Iterable[Path]):
         self.to, self.out = to, Path(out).expanduser()
-        self._folder: OutputFolder | None = None
         file = self.out.suffix == ".safetensors"
-        if to == "peft":
-            if file:
-                raise UsageError(f"{self.out}: a PEFT adapter is a folder; leave .safetensors off --out")
-            self._folder = OutputFolder(out, overwrite=overwrite, inputs=inputs)
-        elif not file or self.out.is_dir():
+        if to == "peft" and file:
+            raise UsageError(f"{self.out}: a PEFT adapter is a folder; leave .safetensors off --out")
+        if to != "peft" and (not file or self.out.is_dir()):
             raise UsageError(f"{self.out}: a {to} adapter is one file; --out ends in .safetensors")
-        elif any(self.out.resolve() == source.resolve() for source in inputs):
-            raise UsageError(f"{self.out}: is an input of this run; choose another --out")
-        elif self.out.exists() and not overwrite:
-            raise UsageError(f"{self.out}: exists already; add --overwrite to replace it, or choose another --out")
+        self._folder = (OutputFolder if to == "peft" else OutputFile)(out, overwrite=overwrite, inputs=inputs)
 
     def __enter__(self) -> Destination:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None and self._folder is not None:
+        if kind is not None:
             self._folder.discard()
 
     def write(
@@ -94,44 +86,39 @@ class Destination:
         """
         report = replace(report, out=str(self.out))
         try:
-            if self._folder is not None:
-                report = self._write_folder(self._folder, adapter, report, source, base, options, started)
-            else:
-                report = self._write_file(adapter, report, source, base, options, started)
+            write = self._write_folder if self.to == "peft" else self._write_file
+            report = write(self._folder.partial, adapter, report, source, base, options, started)
+            self._folder.finish()
         except OSError as problem:
             if (full := out_of_space(problem, self.out)) is not problem:
                 raise full from None
             raise UsageError(f"{self.out}: cannot be written ({problem.strerror}); choose another --out") from None
         return report
 
-    def _write_folder(self, folder: OutputFolder, adapter, report, source, base, options, started) -> AdapterReport:
-        file = folder.partial / PEFT_FILE
-        save_peft(adapter, folder.partial, base.layout if base is not None else None)
+    def _write_folder(self, folder: Path, adapter, report, source, base, options, started) -> AdapterReport:
+        file = folder / PEFT_FILE
+        save_peft(adapter, folder, base.layout if base is not None else None)
         if adapter.metadata:
             write_file(file, load_file(file), {"format": "pt", **adapter.metadata})
         if report.target in SERVERS:
-            rewrite_config(folder.partial)
+            rewrite_config(folder)
         report = _completed(report, file.stat().st_size, started)
         origins = [Input.of("adapter", source.ref, source.path, metadata=source.adapter.metadata)]
         if base is not None:
             held = base.checkpoint
             origins.append(Input.of("base", held.ref, held.folder, config=held.config))
         report = replace(report, notes=(*report.notes, *notes_of(origins)))
-        write_adapter_card(report, origins, options, folder.partial)
-        write_manifest(folder.partial, _manifest(report, source, base, options))
-        folder.finish()
+        write_adapter_card(report, origins, options, folder)
+        write_manifest(folder, _manifest(report, source, base, options))
         return report
 
-    def _write_file(self, adapter, report, source, base, options, started) -> AdapterReport:
+    def _write_file(self, folder: Path, adapter, report, source, base, options, started) -> AdapterReport:
         if self.to == "diffusers":
             adapter = replace(adapter, weights={n: _scaling_folded(w) for n, w in adapter.weights.items()})
-        WRITERS[self.to](adapter, self.out)
-        report = _completed(report, self.out.stat().st_size, started)
-        beside = self.out.with_suffix(".lrmerge.json")
-        partial = beside.with_name(beside.name + ".partial")
-        content = json.dumps(_manifest(report, source, base, options), indent=1, allow_nan=False)
-        partial.write_text(content + "\n", encoding="utf-8")
-        os.replace(partial, beside)
+        file = folder / OutputFile.FILE
+        WRITERS[self.to](adapter, file)
+        report = _completed(report, file.stat().st_size, started)
+        write_manifest(folder, _manifest(report, source, base, options))
         return report
 
 
