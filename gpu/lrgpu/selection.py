@@ -18,7 +18,7 @@ from lrgpu.backend import Array
 
 _CPU_BLOCK = 1 << 17  # elements; a block and its digits stay in the cache
 _DIGIT = 12  # bits counted per pass: their counters stay in the fastest cache
-_GATHERED = 1 << 22  # numbers that may be held
+_GATHERED = 1 << 20  # numbers that may be held
 
 
 class Cut(NamedTuple):
@@ -60,10 +60,10 @@ def cut(parts: Iterable[Array], count: int, size: int) -> Cut:
     if rank == 1:
         return Cut(threshold, math.inf)
     wanted = equals - rank + 1
-    for place, where in _equal_to(threshold, parts, gathered):
-        if where.shape[0] >= wanted:
-            return Cut(threshold, place + int(where[wanted - 1]) + 1)
-        wanted -= where.shape[0]
+    for places in _equal_to(threshold, parts, gathered):
+        if places.shape[0] >= wanted:
+            return Cut(threshold, int(places[wanted - 1]) + 1)
+        wanted -= places.shape[0]
     raise ValueError("the magnitudes changed while they were read")
 
 
@@ -90,11 +90,10 @@ def largest(magnitudes: Array, counts: int | Sequence[int]) -> Array:
 
 
 class _Gathered(NamedTuple):
-    """Some numbers of a block that begins at ``place``: their bit patterns, and their offsets in the block."""
+    """Some of the numbers, in order: their bit patterns, and their places among all."""
 
-    place: int
     patterns: Array
-    offsets: Array
+    places: Array
 
 
 class _Found(NamedTuple):
@@ -104,7 +103,7 @@ class _Found(NamedTuple):
     value: float
     rank: int
     equals: int
-    gathered: list[_Gathered]
+    gathered: _Gathered | None
 
 
 def _search(parts: Iterable[Array], k: int) -> _Found:
@@ -112,12 +111,12 @@ def _search(parts: Iterable[Array], k: int) -> _Found:
     dtype = next((part.dtype for part in parts), torch.float32)
     bits = 8 * dtype.itemsize - 1  # without the sign
     prefix, open_bits, equals = 0, bits, 0
-    gathered: list[_Gathered] = []
+    gathered: _Gathered | None = None
     while open_bits:
         width = min(_DIGIT, open_bits)
         shift = open_bits - width
         counts: Any = None
-        for block in (one.patterns for one in gathered) if gathered else _blocks(parts):
+        for block in _blocks(parts) if gathered is None else [gathered.patterns]:
             xp = backend.of(block).xp
             digits = block >> shift
             if open_bits < bits:  # numbers of other buckets are counted on both sides: faster than leaving them out
@@ -133,34 +132,41 @@ def _search(parts: Iterable[Array], k: int) -> _Found:
         digit = int((below < k).sum())
         k -= int(below[digit - 1]) if digit else 0
         prefix, equals, open_bits = prefix << width | digit, int(counts[digit]), shift  # type: ignore[index]
-        if shift and not gathered and equals <= _GATHERED:
-            gathered = list(_in_bucket(parts, prefix, shift))
+        if shift and gathered is None and equals <= _GATHERED:
+            gathered = _in_bucket(parts, prefix, shift, equals)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     floats = getattr(torch, str(dtype).removeprefix("torch."))
     return _Found(float(torch.tensor(prefix, dtype=integers).view(floats)), k, equals, gathered)
 
 
-def _in_bucket(parts: Iterable[Array], prefix: int, shift: int) -> Iterator[_Gathered]:
-    """The numbers whose bits above ``shift`` are ``prefix``, with their places."""
-    place = 0
+def _in_bucket(parts: Iterable[Array], prefix: int, shift: int, count: int) -> _Gathered:
+    """The ``count`` numbers whose bits above ``shift`` are ``prefix``, with their places."""
+    found: _Gathered | None = None
+    place = filled = 0
     for block in _blocks(parts):
-        [offsets] = backend.of(block).xp.where((block >> shift) == prefix)
-        yield _Gathered(place, block[offsets], offsets)
-        place += block.shape[0]
+        library = backend.of(block)
+        if found is None:
+            found = _Gathered(*(library.empty((count,), dtype, block) for dtype in (block.dtype, library.xp.int64)))
+        [offsets] = library.xp.where((block >> shift) == prefix)
+        end = filled + offsets.shape[0]
+        found.patterns[filled:end] = block[offsets]
+        found.places[filled:end] = offsets + place
+        place, filled = place + block.shape[0], end
+    assert found is not None
+    return found
 
 
-def _equal_to(value: float, parts: Iterable[Array], gathered: list[_Gathered]) -> Iterator[tuple[int, Array]]:
-    """The places of the numbers equal to ``value``, as the beginning of a block and offsets in it."""
-    if not gathered:
-        place = 0
-        for part in parts:
-            flat = part.reshape(-1)
-            yield place, backend.of(flat).xp.where(flat == value)[0]
-            place += flat.shape[0]
+def _equal_to(value: float, parts: Iterable[Array], gathered: _Gathered | None) -> Iterator[Array]:
+    """The places of the numbers equal to ``value``, in order."""
+    if gathered is not None:
+        dtype = next(iter(parts)).dtype
+        yield gathered.places[gathered.patterns.view(dtype) == value]
         return
-    like = next(iter(parts))
-    for place, patterns, offsets in gathered:
-        yield place, offsets[patterns.view(like.dtype) == value]
+    place = 0
+    for part in parts:
+        flat = part.reshape(-1)
+        yield backend.of(flat).xp.where(flat == value)[0] + place
+        place += flat.shape[0]
 
 
 def _blocks(parts: Iterable[Array]) -> Iterator[Array]:
