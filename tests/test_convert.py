@@ -22,6 +22,7 @@ from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.errors import FormatError, LrmergeError, MismatchError, UsageError
+from mergekit_lr.verbs.convert.plan import plan_convert
 
 TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "ff.net.0.proj"]
 SHAPE = {
@@ -532,6 +533,80 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(tmp_path, llama, monkeyp
     assert (code, shown, said.count("\n")) == (2, "", 1)
     assert re.search(message, said)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]), {}),
+        (peft.LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True), {"dtype": "float16"}),
+        (peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"]), {}),
+        (peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"]), {"dora": "fold", "rank": 5}),
+        (peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], use_cayley_neumann=False), {"rank": 4}),
+    ],
+    ids=["saved", "half", "dora", "folded", "oft"],
+)
+def test_the_plan_says_what_will_be_written(tmp_path, llama, config, options):
+    model, base = llama
+    source = trained(tmp_path / "source", model, config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    plan = plan_convert(source, to="peft", base=base, **options)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    report = lr.convert(source, tmp_path / "out", to="peft", base=base, **options)
+    assert {step.name: step.rank for step in plan.steps} == {module.name: module.rank for module in report.modules}
+    assert all(step.exact for step in plan.steps) == (report.error == 0)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert plan.written == plan.to_json()["written_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_threads_and_memory_change_nothing_but_the_way(tmp_path, llama):
+    model, base = llama
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"], use_cayley_neumann=False)
+    source = trained(tmp_path / "source", model, config)
+    files = []
+    for name, options in (("one", {"threads": 1}), ("three", {"threads": 3}), ("tight", {"memory": "3GB"})):
+        lr.convert(source, tmp_path / name, to="peft", base=base, rank=4, **options)
+        files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (("--memory", "1MB"), 1, "before it reads anything; give more"),
+        (("--memory", "much"), 2, "--memory much is not a size"),
+        (("--threads", "0"), 2, "--threads 0: at least 1"),
+        (("--device", "tpu"), 2, "--device tpu: choose auto, cpu"),
+    ],
+)
+def test_what_the_machine_cannot_give_is_one_line(tmp_path, unet, monkeypatch, capsys, options, error, message):
+    command = ("convert", unet_lora(tmp_path, unet[0]), "--to", "kohya", "-o", tmp_path / "out.safetensors", *options)
+    code, _, said = run(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, said.count("\n")) == (error, 1)
+    assert message in said
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_dry_run_prints_keys_bytes_and_what_may_be_lost(tmp_path, llama, monkeypatch, capsys):
+    model, base = llama
+    config = peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    source = trained(tmp_path / "source", model, config)
+    command = ("convert", source, "--to", "peft", "--base", base, "-o", tmp_path / "out", "--dry-run")
+    shown = run(*command, "--threads", 3, monkeypatch=monkeypatch, capsys=capsys)[1]
+    assert "copy: 2 modules, 768 B" in shown
+    assert "beside the factors: 1 saved kept, 2 magnitude kept" in shown
+    assert "nothing is lost" in shown
+    assert "2.9 kB of tensors to write, on cpu with 3 workers" in shown
+    folded = run(*command, "--dora", "fold", "--rank", 2, "-v", monkeypatch=monkeypatch, capsys=capsys)[1]
+    assert "fold model.layers.0.self_attn.q_proj.weight rank 2 256 B" in folded
+    assert "2 modules may lose what their rank does not hold" in folded
+    assert "at most 2.6 kB of tensors to write" in folded
+    told = json.loads(run(*command, "--json", monkeypatch=monkeypatch, capsys=capsys)[1])
+    assert [(module["action"], module["bytes"], module["exact"]) for module in told["modules"]] == [
+        ("copy", 384, True)
+    ] * 2
+    assert [other["part"] for other in told["others"]] == ["saved", "magnitude", "magnitude"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_it_did(tmp_path, unet, monkeypatch, capsys):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lrmerge import options as opt
+
+if TYPE_CHECKING:
+    from mergekit_lr.verbs.convert.plan import ConvertPlan
 
 WHAT = "What to write"
 
@@ -42,7 +46,9 @@ def convert(
     max_rank: opt.MaxRank = None,
     multiple_of: opt.MultipleOf = 1,
     dtype: opt.Dtype = None,
+    memory: opt.Memory = None,
     device: opt.Device = "auto",
+    threads: opt.Threads = None,
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
     dry_run: opt.DryRun = False,
@@ -72,7 +78,9 @@ def convert(
         "max_rank": max_rank,
         "multiple_of": multiple_of,
         "dtype": dtype,
+        "memory": memory,
         "device": device,
+        "threads": threads,
         "seed": seed,
     }
     if dry_run:
@@ -88,14 +96,32 @@ def convert(
         show(report, verbose=verbose)
 
 
-def _show_plan(plan, *, verbose: bool) -> None:
+def _show_plan(plan: ConvertPlan, *, verbose: bool) -> None:
     from lrmerge.console import out, size
 
-    for action in dict.fromkeys(step.action for step in plan.steps):
-        group = [step for step in plan.steps if step.action == action]
+    written = [step for step in plan.steps if step.name not in plan.left_out]
+    for action in dict.fromkeys(step.action for step in written):
+        group = [step for step in written if step.action == action]
         reasons = sorted({step.reason for step in group if step.reason})
-        out.print(f"{action}: {len(group)} modules{' (' + ', '.join(reasons) + ')' if reasons else ''}", soft_wrap=True)
+        why = f" ({', '.join(reasons)})" if reasons else ""
+        out.print(f"{action}: {len(group)} modules, {size(sum(s.nbytes for s in group))}{why}", soft_wrap=True)
     if verbose:
-        for step in plan.steps:
-            out.print(f"{step.action} {step.name} {step.reason}".rstrip(), soft_wrap=True)
-    out.print(f"{plan.source.dialect} -> {plan.to}, {size(plan.source.nbytes)} to read", soft_wrap=True)
+        for step in written:
+            of_rank = f" rank {step.rank}" if step.rank else ""
+            out.print(f"{step.action} {step.name}{of_rank} {size(step.nbytes)} {step.reason}".rstrip(), soft_wrap=True)
+        for other in plan.others:
+            out.print(f"{other.state} {other.part} {other.name} {size(other.nbytes)}", soft_wrap=True)
+    elif plan.others:
+        states = Counter(f"{other.part} {other.state}" for other in plan.others)
+        out.print(f"beside the factors: {', '.join(f'{n} {state}' for state, n in states.items())}", soft_wrap=True)
+    lossy = sum(not step.exact for step in written)
+    lost = f"{lossy} modules may lose what their rank does not hold" if lossy else "nothing is lost"
+    if plan.left_out:
+        lost += f"; {len(plan.left_out)} modules of other components are left out"
+    out.print(f"{lost}{'; rounded to ' + str(plan.dtype).removeprefix('torch.') if plan.dtype else ''}", soft_wrap=True)
+    out.print(
+        f"{plan.source.dialect} -> {plan.to}: {size(plan.source.nbytes)} to read, {'at most ' if lossy else ''}"
+        f"{size(plan.written)} of tensors to write, on {plan.resources.device} with {plan.resources.workers} workers, "
+        f"peak memory {size(plan.peak)}",
+        soft_wrap=True,
+    )

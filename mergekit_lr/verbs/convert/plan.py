@@ -1,9 +1,9 @@
-"""What conversion will do to every module of an adapter: copy it, compute its factors, or refuse it."""
+"""What conversion will do to every module of an adapter (copy it, compute its factors, refuse it) and what it takes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,10 @@ from mergekit_lr.adapter.components import named_for
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import MismatchError, UsageError
-from mergekit_lr.graph.resources import resources
+from mergekit_lr.graph.node import Cost, Node
+from mergekit_lr.graph.resources import Resources, resources
+from mergekit_lr.graph.schedule import Schedule, schedule
+from mergekit_lr.report.compression import Kept, kept_tensors
 from mergekit_lr.verbs.adapter_destination import DIALECTS
 from mergekit_lr.verbs.adapter_source import Base, Source, open_base, open_source
 from mergekit_lr.verbs.extract.plan import DEFAULT_RANK, DTYPES
@@ -29,18 +32,31 @@ HOLDS_ADDED = ("lycoris", "comfy")
 
 @dataclass(frozen=True)
 class Step:
-    """One changed parameter. action: ``copy``, ``fold`` (DoRA), ``decompose`` (a difference in full), ``compute`` (a
-    change of another of PEFT's types), ``add`` (a difference that is added to the base's vector and saved in full)."""
+    """One changed parameter.
+
+    action: ``copy`` (factors), ``keep`` (a difference in full), ``fold`` (DoRA), ``decompose`` (a difference in full),
+    ``compute`` (a change of another of PEFT's types), ``add`` (a difference that is added to the base's vector and
+    saved in full). rank: of its factors, the most that the rule allows where it is found on the way; 0 for what is no
+    factors. nbytes: of what is written for it, at that rank. memory: bytes that are held while it is done.
+    """
 
     name: str
     action: str
-    reason: str = ""
+    reason: str
+    rank: int
+    nbytes: int
+    memory: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing can be lost but by rounding to another dtype."""
+        return self.action in ("copy", "keep", "add")
 
 
 @dataclass(frozen=True)
 class ConvertPlan:
     """Everything that ``convert`` will do. rule: the ranks of changes that are not of low rank. stored: the dtype of
-    what is computed."""
+    what is computed. left_out: names of other components, which are not written."""
 
     source: Source
     base: Base | None
@@ -51,9 +67,11 @@ class ConvertPlan:
     rule: RankRule
     dtype: torch.dtype | None
     stored: torch.dtype
-    device: torch.device
+    resources: Resources
     seed: int
     steps: tuple[Step, ...]
+    schedule: Schedule
+    left_out: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter, compare=False)
 
@@ -82,6 +100,24 @@ class ConvertPlan:
             raise UsageError(f"{name}: its weight in the base is needed; give --base")
         return parameter, self.base.read(parameter)
 
+    @property
+    def others(self) -> tuple[Kept, ...]:
+        """Every tensor that is no change of a weight, with what becomes of it; folded magnitudes are gone."""
+        gone = ("added", "magnitude") if self.fold else ("added",)
+        return tuple(one for one in kept_tensors(self.source.adapter, self.left_out) if one.part not in gone)
+
+    @property
+    def written(self) -> int:
+        """Bytes of tensors in the result, ranks that are found on the way at the most that the rule allows."""
+        kept = sum(one.nbytes for one in self.others if one.state != "left out")
+        return kept + sum(step.nbytes for step in self.steps if step.name not in self.left_out)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the process may hold at most: what is under way, and the results until they are written."""
+        results = sum(step.nbytes for step in self.steps if step.action not in ("copy", "keep"))
+        return self.resources.memory - self.resources.working + self.schedule.peak + results
+
     def to_json(self) -> dict[str, Any]:
         """The plan, ready for JSON."""
         return {
@@ -89,9 +125,23 @@ class ConvertPlan:
             "dialect": self.source.dialect,
             "to": self.to,
             "options": self.options,
-            "device": str(self.device),
+            "device": str(self.resources.device),
+            "workers": self.resources.workers,
             "read_bytes": self.source.nbytes,
-            "modules": [{"name": s.name, "action": s.action, "reason": s.reason} for s in self.steps],
+            "written_bytes": self.written,
+            "peak_bytes": self.peak,
+            "modules": [
+                {
+                    "name": s.name,
+                    "action": "leave out" if s.name in self.left_out else s.action,
+                    "reason": s.reason,
+                    "rank": s.rank,
+                    "bytes": s.nbytes,
+                    "exact": s.exact,
+                }
+                for s in self.steps
+            ],
+            "others": [{"name": o.name, "part": o.part, "state": o.state, "bytes": o.nbytes} for o in self.others],
         }
 
 
@@ -109,7 +159,9 @@ def plan_convert(
     max_rank: int | None = None,
     multiple_of: int = 1,
     dtype: str | torch.dtype | None = None,
+    memory: str | int | None = None,
     device: str = "auto",
+    threads: int | None = None,
     seed: int = 0,
 ) -> ConvertPlan:
     """The plan of ``convert`` with the same arguments; reads headers only."""
@@ -130,21 +182,28 @@ def plan_convert(
     rule = _rule(rank, energy, error, max_rank, multiple_of)
     opened = open_base(base)
     source = open_source(adapter, opened)
-    if source.adapter.weights:
-        named_for(source.adapter, source.dialect, to, component)  # refuses now what would be refused at the end
+    left_out: tuple[str, ...] = ()
+    if source.adapter.weights:  # refuses now what would be refused at the end
+        left_out = named_for(source.adapter, source.dialect, to, component).left_out
+    stored, fold = wanted or _stored(source), dora == "fold"
+    available = resources(device=device, memory=memory, threads=threads)
+    steps = tuple(_Steps(source, opened, to, fold, rule, wanted, stored).all())
+    nodes = (Node(step.name, place, ("", place), _cost(step), step) for place, step in enumerate(steps))
     return ConvertPlan(
         source,
         opened,
         to,
         experts,
-        dora == "fold",
+        fold,
         component,
         rule,
         wanted,
-        wanted or _stored(source),
-        resources(device=device).device,
+        stored,
+        available,
         seed,
-        tuple(_steps(source, to, dora == "fold", opened)),
+        steps,
+        schedule(nodes, budget=available.working, workers=available.workers),
+        left_out,
         options,
     )
 
@@ -171,27 +230,66 @@ def _stored(source: Source) -> torch.dtype:
     return most if most in DTYPES.values() else torch.float32
 
 
-def _steps(source: Source, to: str, fold: bool, base: Base | None):
-    """One step for every changed parameter.
+# A difference in float32, its squares in float64, what is left of it, and the sketches of its decomposition.
+_BYTES_PER_NUMBER = 32
 
-    Raises:
-        UsageError: a difference that no factors hold and the dialect has no place for.
-    """
-    if source.variant is not None:
-        for site in source.variant.sites:
-            yield Step(f"{site.module}.weight", "compute", str(site.config.get("peft_type")))
-    for name, weight in source.adapter.weights.items():
-        yield Step(name, "fold" if fold and weight.magnitude is not None else "copy")
-    for name, difference in source.adapter.added.items():
-        if to in HOLDS_ADDED:
-            yield Step(name, "copy", "a difference in full")
-        elif difference.ndim > 1:
-            yield Step(name, "decompose", "a difference in full")
-        elif to == "peft" and base is not None:
-            yield Step(name, "add", "a difference of a vector: PEFT replaces it whole")
-        else:
-            places = "give --base, or convert to" if to == "peft" else "convert to"
-            raise UsageError(f"{name}: is a difference of a vector, which {to} has no place for; {places} lycoris")
+
+def _cost(step: Step) -> Cost:
+    return Cost(max(step.nbytes, 1), step.memory, float(step.memory))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """One step for every changed parameter, in the source's order."""
+
+    source: Source
+    base: Base | None
+    to: str
+    fold: bool
+    rule: RankRule
+    dtype: torch.dtype | None
+    stored: torch.dtype
+
+    def all(self) -> Iterator[Step]:
+        """The steps.
+
+        Raises:
+            UsageError: a difference that no factors hold and the dialect has no place for.
+        """
+        if self.source.variant is not None:
+            for site in self.source.variant.sites:
+                name = f"{site.module}.weight"
+                parameter = self.source.variant.parameters[name]
+                yield self._factors(name, "compute", parameter.matrix_shape, str(site.config.get("peft_type")))
+        for name, weight in self.source.adapter.weights.items():
+            delta = weight.delta
+            if self.fold and weight.magnitude is not None:
+                yield self._factors(name, "fold", (delta.shape[-2], delta.shape[-1]))
+                continue
+            factors = (delta.A, delta.B)
+            nbytes = sum(factor.numel() * (self.dtype or factor.dtype).itemsize for factor in factors)
+            yield Step(name, "copy", "", delta.rank, nbytes, 4 * sum(factor.numel() for factor in factors))
+        for name, difference in self.source.adapter.added.items():
+            yield self._difference(name, difference)
+
+    def _difference(self, name: str, difference: Tensor) -> Step:
+        if self.to in HOLDS_ADDED:
+            return Step(name, "keep", "a difference in full", 0, difference.nbytes, difference.nbytes)
+        if difference.ndim > 1:
+            matrix = (difference.shape[0], difference[0].numel())
+            return self._factors(name, "decompose", matrix, "a difference in full")
+        if self.to == "peft" and self.base is not None:
+            why = "a difference of a vector: PEFT replaces it whole"
+            return Step(name, "add", why, 0, difference.nbytes, 8 * difference.numel())
+        places = "give --base, or convert to" if self.to == "peft" else "convert to"
+        raise UsageError(f"{name}: is a difference of a vector, which {self.to} has no place for; {places} lycoris")
+
+    def _factors(self, name: str, action: str, matrix: tuple[int, int], reason: str = "") -> Step:
+        """A change of shape ``matrix`` that gets factors at the rank of the rule."""
+        limits = (self.rule.count, self.rule.max_rank, *matrix)
+        rank = min(limit for limit in limits if limit is not None)
+        nbytes = rank * sum(matrix) * self.stored.itemsize
+        return Step(name, action, reason, rank, nbytes, _BYTES_PER_NUMBER * matrix[0] * matrix[1] + nbytes)
 
 
 def as_kind(difference: Tensor, parameter: Parameter | None) -> Kind:
