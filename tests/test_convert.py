@@ -212,6 +212,9 @@ def test_differences_in_full_become_factors_where_there_is_no_room_for_them(tmp_
     report = lr.convert(tmp_path / "l.safetensors", tmp_path / "out", to="peft", base=folder, error=1e-4)
     assert (report.modules[0].state, report.modules[0].rank) == ("decomposed", 3)
     assert report.error < 1e-4
+    assert [(other.part, other.name) for other in report.others] == [
+        ("added", "unet.down_blocks.0.resnets.0.conv1.bias")
+    ]
     after = merged(model, tmp_path / "out")
     for name, part in (("weight", "diff"), ("bias", "diff_b")):
         wanted = model.state_dict()[f"down_blocks.0.resnets.0.conv1.{name}"] + tensors[f"lora_unet_{path}.{part}"]

@@ -99,6 +99,7 @@ def convert(
 def _show_plan(plan: ConvertPlan, *, verbose: bool) -> None:
     from lrmerge.console import out, size
 
+    others = plan.others(plan.left_out)
     written = [step for step in plan.steps if step.name not in plan.left_out]
     for action in dict.fromkeys(step.action for step in written):
         group = [step for step in written if step.action == action]
@@ -109,10 +110,10 @@ def _show_plan(plan: ConvertPlan, *, verbose: bool) -> None:
         for step in written:
             of_rank = f" rank {step.rank}" if step.rank else ""
             out.print(f"{step.action} {step.name}{of_rank} {size(step.nbytes)} {step.reason}".rstrip(), soft_wrap=True)
-        for other in plan.others:
+        for other in others:
             out.print(f"{other.state} {other.part} {other.name} {size(other.nbytes)}", soft_wrap=True)
-    elif plan.others:
-        states = Counter(f"{other.part} {other.state}" for other in plan.others)
+    elif others:
+        states = Counter(f"{other.part} {other.state}" for other in others)
         out.print(f"beside the factors: {', '.join(f'{n} {state}' for state, n in states.items())}", soft_wrap=True)
     lossy = sum(not step.exact for step in written)
     lost = f"{lossy} modules may lose what their rank does not hold" if lossy else "nothing is lost"

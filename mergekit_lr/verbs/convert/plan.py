@@ -100,16 +100,17 @@ class ConvertPlan:
             raise UsageError(f"{name}: its weight in the base is needed; give --base")
         return parameter, self.base.read(parameter)
 
-    @property
-    def others(self) -> tuple[Kept, ...]:
-        """Every tensor that is no change of a weight, with what becomes of it; folded magnitudes are gone."""
-        gone = ("added", "magnitude") if self.fold else ("added",)
-        return tuple(one for one in kept_tensors(self.source.adapter, self.left_out) if one.part not in gone)
+    def others(self, left_out: tuple[str, ...]) -> tuple[Kept, ...]:
+        """Every tensor beside the factors, with what becomes of it; what is made into factors is none of them."""
+        made = {("added", step.name) for step in self.steps if step.action == "decompose"}
+        made |= {("magnitude", step.name) for step in self.steps if step.action == "fold"}
+        return tuple(one for one in kept_tensors(self.source.adapter, left_out) if (one.part, one.name) not in made)
 
     @property
     def written(self) -> int:
         """Bytes of tensors in the result, ranks that are found on the way at the most that the rule allows."""
-        kept = sum(one.nbytes for one in self.others if one.state != "left out")
+        others = (one for one in self.others(self.left_out) if one.part != "added")  # these are steps of their own
+        kept = sum(one.nbytes for one in others if one.state != "left out")
         return kept + sum(step.nbytes for step in self.steps if step.name not in self.left_out)
 
     @property
@@ -141,7 +142,10 @@ class ConvertPlan:
                 }
                 for s in self.steps
             ],
-            "others": [{"name": o.name, "part": o.part, "state": o.state, "bytes": o.nbytes} for o in self.others],
+            "others": [
+                {"name": o.name, "part": o.part, "state": o.state, "bytes": o.nbytes}
+                for o in self.others(self.left_out)
+            ],
         }
 
 
@@ -188,7 +192,11 @@ def plan_convert(
     stored, fold = wanted or _stored(source), dora == "fold"
     available = resources(device=device, memory=memory, threads=threads)
     steps = tuple(_Steps(source, opened, to, fold, rule, wanted, stored).all())
-    nodes = (Node(step.name, place, ("", place), _cost(step), step) for place, step in enumerate(steps))
+    share = source.nbytes // max(len(steps), 1)  # read: for the progress
+    costs = (Cost(share, step.memory, 0.0) for step in steps)
+    nodes = (
+        Node(s.name, place, ("", place), cost, s) for place, (s, cost) in enumerate(zip(steps, costs, strict=True))
+    )
     return ConvertPlan(
         source,
         opened,
@@ -232,10 +240,6 @@ def _stored(source: Source) -> torch.dtype:
 
 # A difference in float32, its squares in float64, what is left of it, and the sketches of its decomposition.
 _BYTES_PER_NUMBER = 32
-
-
-def _cost(step: Step) -> Cost:
-    return Cost(max(step.nbytes, 1), step.memory, float(step.memory))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mergekit_lr.adapter.adapter import Adapter
 from mergekit_lr.adapter.components import named_for
 from mergekit_lr.graph.resources import peak_bytes
 from mergekit_lr.graph.run import Progress, run
-from mergekit_lr.report.compression import AdapterReport, ModuleChange, kept_tensors
+from mergekit_lr.report.compression import AdapterReport, ModuleChange
 from mergekit_lr.verbs.adapter_destination import Destination
 from mergekit_lr.verbs.convert.compute import Done, converted
 from mergekit_lr.verbs.convert.plan import HOLDS_ADDED, ConvertPlan, plan_convert
@@ -112,7 +112,7 @@ def _report(plan: ConvertPlan, done: Transformed) -> AdapterReport:
         base=done.adapter.base,
         dtype=str(plan.stored).removeprefix("torch."),
         modules=done.changes,
-        others=tuple(kept_tensors(source, done.left_out)),
+        others=plan.others(done.left_out),
         notes=tuple(str(note) for note in source.config.get("notes", ())),
         bytes_before=plan.source.nbytes,
         bytes_after=sum(w.delta.A.nbytes + w.delta.B.nbytes for w in done.adapter.weights.values()),
