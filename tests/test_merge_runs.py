@@ -29,7 +29,7 @@ def recipe(folder: Path, method: str, **keys) -> Path:
 @pytest.mark.parametrize("method", ["dare_ties", "della"])
 def test_ten_kills_and_the_same_bytes(tmp_path, method):
     """One method works block by block, the other on whole tensors."""
-    base = tiny.decoder(dtype=torch.bfloat16, hidden=528, layers=3)
+    base = tiny.decoder(dtype=torch.bfloat16, hidden=528, layers=12)
     tiny.save(tmp_path / "base", base, shards=3)
     for seed, name in enumerate("ab"):
         tiny.save(tmp_path / name, tiny.finetuned(base, seed=seed), shards=2)
