@@ -130,12 +130,17 @@ class Outcome(NamedTuple):
 
 def lrmerge(*arguments: object) -> Outcome:
     """Run the command line in this process."""
+    from lrmerge import console
     from lrmerge.app import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["lrmerge", *map(str, arguments)]
-    wide = patch.dict(os.environ, {"COLUMNS": "200"})
-    with wide, patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", argv))
+        for one in (console.out, console.err):
+            stack.enter_context(patch.object(one, "_width", 200))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         try:
             main()
         except SystemExit as end:
