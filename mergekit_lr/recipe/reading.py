@@ -112,6 +112,8 @@ def read_recipes(source: str | Path | Mapping[str, Any] | Recipe) -> list[Recipe
     try:
         text = path.read_text(encoding="utf-8")
         nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file; a recipe is a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: no recipe that can be read ({error})") from None
     except yaml.YAMLError as error:
