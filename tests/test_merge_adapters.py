@@ -224,6 +224,7 @@ def test_tensors_in_full_are_merged_as_differences_from_the_base_or_averaged(lla
     with_base = lr.merge(recipe(refs, "ties", base_model=str(folder / "base"), space="core"), tmp_path / "a")
     bare = lr.merge(recipe(refs, parameters={"weight": [{"value": 3.0}]}))
     assert any("averaged" in note for note in bare.notes)
+    assert any(tensor.squared_norm == 0 for tensor in bare.tensors)
     assert not any("averaged" in note for note in with_base.notes)
     held = [lr.open_adapter(ref).adapter.saved for ref in refs]
     first, base = lr.open_adapter(tmp_path / "a").adapter.saved, model.state_dict()

@@ -110,7 +110,7 @@ def _worst(report: MergeReport) -> str:
         return (tensor.rounding / tensor.squared_norm) ** 0.5 if tensor.squared_norm else 0.0
 
     merged = [tensor for tensor in report.tensors if tensor.squared_norm > 0]
-    lossless = all(error(tensor) == 0 for tensor in merged)
+    lossless = all(error(tensor) < 5e-5 for tensor in merged)  # what would be printed as 0.00%
     worst = sorted(merged, key=lambda tensor: -tensor.norm if lossless else -error(tensor))[:WORST]
     which = "changed most" if lossless else "lost most of their change"
     columns = ["name", "norm of the change", "lost of it"]

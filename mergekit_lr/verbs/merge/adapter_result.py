@@ -159,7 +159,8 @@ def _figures(plan: AdapterPlan, journal: Journal, adapter: Adapter, lost: dict[s
     for step in plan.steps:
         weight = adapter.weights.get(step.name) if step.part == "change" else None
         rank = weight.delta.rank if weight is not None else None
-        norm = journal.figures[step.label]["norm"]
+        # An average of values, without a base, is no change of a size.
+        norm = 0.0 if step.averaged else journal.figures[step.label]["norm"]
         rule = plan.rules[step.label]
         merged.append(MergedTensor(step.label, step.size, "merged", rule, norm, lost[step.label], rank))
     left = [label for label, state in plan.states.items() if state != "merged"]
