@@ -128,8 +128,8 @@ class Outcome(NamedTuple):
     err: str
 
 
-def lrmerge(*arguments: object) -> Outcome:
-    """Run the command line in this process."""
+def lrmerge(*arguments: object, width: int = 200) -> Outcome:
+    """Run the command line in this process, on a terminal of ``width`` columns."""
     from lrmerge import console
     from lrmerge.app import main
 
@@ -138,7 +138,7 @@ def lrmerge(*arguments: object) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", argv))
         for one in (console.out, console.err):
-            stack.enter_context(patch.object(one, "_width", 200))
+            stack.enter_context(patch.object(one, "_width", width))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:

@@ -60,8 +60,8 @@ def test_example_runs(name: str, small: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_explanation_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch):
-    shown = printed(monkeypatch, "methods", name)
+def test_explanation_fits_a_terminal(name: str):
+    shown = printed("methods", name)
     assert max(cell_len(line) for line in shown.splitlines()) <= 80
     said = explain(KNOWN[name])
     for words in (*said.parameters, "use when", "not when", "cost", "a recipe:", reference(KNOWN[name])[1]):
@@ -69,31 +69,28 @@ def test_explanation_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch)
     assert said.formula[0] in " ".join(shown.split())
 
 
-def test_list_has_every_method_with_its_paper_and_inputs(monkeypatch: pytest.MonkeyPatch):
-    shown = printed(monkeypatch, "methods")
+def test_list_has_every_method_with_its_paper_and_inputs():
+    shown = printed("methods")
     rows = {line.split()[0]: line for line in shown.splitlines() if not line.startswith(" ")}
     for name, method in KNOWN.items():
         assert method.takes in rows[name]
         assert ("doi" if "/" in method.paper else method.paper) in rows[name]
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def printed(*arguments: str) -> str:
     """What a command prints in a terminal of 80 columns."""
-    from lrmerge import console
-
-    monkeypatch.setattr(console.out, "_width", 80)
-    outcome = lrmerge(*arguments)
+    outcome = lrmerge(*arguments, width=80)
     assert outcome.code == 0, outcome.err
     return outcome.out
 
 
-def test_defaults_ranges_and_choices_are_shown(monkeypatch: pytest.MonkeyPatch):
-    shown = " ".join(printed(monkeypatch, "methods", "ties").split())
+def test_defaults_ranges_and_choices_are_shown():
+    shown = " ".join(printed("methods", "ties").split())
     assert "density 1.0 the share of a tensor's elements that is kept" in shown
     assert "(0 to 1; per model)" in shown
     assert "(weighted | unweighted)" in shown
     assert "a recipe may say weight for weights, lambda for scale" in shown
-    needed = " ".join(printed(monkeypatch, "methods", "slerp").split())
+    needed = " ".join(printed("methods", "slerp").split())
     assert "t needed where on the arc." in needed
 
 

@@ -271,7 +271,7 @@ def test_the_recipes_that_were_spoilt_are_good(given, tmp_path, text):
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
-    with pytest.raises(LrmergeError, match="no recipe that can be read"):
+    with pytest.raises(LrmergeError, match="no such file"):
         read_recipes(tmp_path / "none.yaml")
 
 
