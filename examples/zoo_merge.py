@@ -219,6 +219,8 @@ def show(zoo: Path, inputs: Sequence[Path], args: argparse.Namespace, *, adapter
     """Print the table of merges of these inputs, and give its rows."""
     tasks, settings = [path.name for path in inputs], ADAPTERS if adapters else MODELS
     wanted = args.methods.split(",") if args.methods else [*lr.methods()]
+    if unknown := [name for name in wanted if name not in lr.methods()]:
+        raise SystemExit(f"--methods {unknown[0]}: no such method; lrmerge methods lists them")
     spaces = args.spaces.split(",")
     left_out = [name for name in wanted if not fits(lr.methods()[name], len(inputs), adapters=adapters)]
     error = standard_error(zoo, tasks, split=args.split, limit=args.limit, adapters=adapters)
