@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,17 @@ def with_a_limit(process: subprocess.Popen) -> None:
     status = Path(f"/proc/{process.pid}/status").read_text()
     data = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
     resource.prlimit(process.pid, resource.RLIMIT_DATA, (data + ROOM, data + ROOM))
+
+
+def finish_within(limit: Callable[[subprocess.Popen], Path | None], work: str) -> None:
+    """Do ``work``, one line of Python, in a process with that limit of memory; it must end well."""
+    process = python(ALONE.format(work=work))
+    group = limit(process)
+    try:
+        told, _ = process.communicate("go\n")
+    finally:
+        process.wait()
+        if group is not None:
+            group.rmdir()
+    assert process.returncode == 0
+    assert told == "done\n"

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from processes import ALONE, ROOM, forking, in_a_group, killed, python, with_a_limit
+from processes import ROOM, finish_within, forking, in_a_group, killed, with_a_limit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -648,16 +648,7 @@ def large(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("limit", [in_a_group, with_a_limit])
 def test_memory_does_not_grow_with_the_model(limit, large, tmp_path):
     base, adapter, out = str(large / "base"), str(large / "adapter"), str(tmp_path / "out")
-    process = python(ALONE.format(work=f"lr.apply({base!r}, [({adapter!r}, 0.8)], {out!r}, threads=1)"))
-    group = limit(process)
-    try:
-        told, _ = process.communicate("go\n")
-    finally:
-        process.wait()
-        if group is not None:
-            group.rmdir()
-    assert process.returncode == 0
-    assert told == "done\n"
+    finish_within(limit, f"lr.apply({base!r}, [({adapter!r}, 0.8)], {out!r}, threads=1)")
     before, after = (tensors_of(folder)[tiny.TABLE][-1].double() for folder in (large / "base", tmp_path / "out"))
     wanted = before + 0.8 * deltas(large / "adapter")[tiny.TABLE][-1]
     torch.testing.assert_close(after, wanted, rtol=8e-3, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from processes import ALONE, ROOM, forking, in_a_group, killed, python, with_a_limit
+from processes import ROOM, finish_within, forking, in_a_group, killed, with_a_limit
 from safetensors import safe_open
 
 import mergekit_lr as lr
@@ -73,16 +73,7 @@ def large(tmp_path_factory) -> Path:
 def test_memory_does_not_grow_with_the_models(limit, method, large, tmp_path):
     given = {} if method == "linear" else {"parameters": {"density": 0.3}}
     made, out = recipe(large, method, **given), tmp_path / "out"
-    process = python(ALONE.format(work=f"lr.merge({str(made)!r}, {str(out)!r}, threads=2)"))
-    group = limit(process)
-    try:
-        told, _ = process.communicate("go\n")
-    finally:
-        process.wait()
-        if group is not None:
-            group.rmdir()
-    assert process.returncode == 0
-    assert told == "done\n"
+    finish_within(limit, f"lr.merge({str(made)!r}, {str(out)!r}, threads=2)")
     tables = {}
     for name, folder in {"a": large / "a", "b": large / "b", "out": out}.items():
         with safe_open(folder / "model.safetensors", "pt") as file:

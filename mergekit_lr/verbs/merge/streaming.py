@@ -91,7 +91,7 @@ def _refuse(plan: MergePlan, job: Job, change: float) -> None:
     part = job.parts(used)
     for item in used:
         for start, stop in _steps(0, math.prod(plan.outputs[job.name][1]), STEP):
-            if not bool(torch.isfinite(part(item, start, stop)).all()):
+            if not bool(torch.isfinite(part(item, start, stop).float()).all()):
                 raise FormatError(f"{item.source.ref}: tensor {item.name} holds NaN or Inf; the checkpoint is damaged")
     if math.isfinite(change):
         narrow = str(plan.outputs[job.name][0]).removeprefix("torch.")
