@@ -23,14 +23,15 @@ class Backend:
     """One array library.
 
     xp: the module itself. cast(x, dtype) copies only if it must. empty(shape, dtype, like) and
-    put(tensor, like) make arrays on the device of ``like``. on_cpu(x) and contiguous(x) say where and how
-    ``x`` lies.
+    put(tensor, like) make arrays on the device of ``like``. host(x) is ``x`` as a NumPy array, of a CPU tensor the
+    same memory. on_cpu(x) and contiguous(x) say where and how ``x`` lies.
     """
 
     xp: ModuleType
     cast: Callable[[Array, Any], Array]
     empty: Callable[[tuple[int, ...], Any, Array], Array]
     put: Callable[[torch.Tensor, Array], Array]
+    host: Callable[[Array], Any]
     on_cpu: Callable[[Array], bool]
     contiguous: Callable[[Array], bool]
 
@@ -76,6 +77,7 @@ _TORCH = Backend(
     cast=lambda x, dtype: x.to(dtype),
     empty=lambda shape, dtype, like: torch.empty(shape, dtype=dtype, device=like.device),
     put=lambda tensor, like: tensor.to(like.device),
+    host=lambda x: x.cpu().numpy(),
     on_cpu=lambda x: x.device.type == "cpu",
     contiguous=lambda x: x.is_contiguous(),
 )
@@ -87,6 +89,7 @@ def _cupy(cupy: ModuleType) -> Backend:
         cast=lambda x, dtype: x.astype(dtype, copy=False),
         empty=lambda shape, dtype, like: cupy.empty(shape, dtype=dtype),
         put=lambda tensor, like: cupy.asarray(tensor.numpy()),
+        host=cupy.asnumpy,
         on_cpu=lambda x: False,
         contiguous=lambda x: x.flags.c_contiguous,
     )

@@ -8,16 +8,19 @@ The upper 24 bits make a float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
+import numpy
 import torch
 
 from lrgpu import backend
 from lrgpu.backend import Array
 
 _GAMMA, _FIRST, _SECOND, _THIRD = 0x9E3779B9, 0x7FEB352D, 0x846CA68B, 0x31848BAB
-_CPU_BLOCK = 1 << 16  # numbers: three int32 buffers stay in the cache
+_CPU_BLOCK = 1 << 15  # numbers: a block's buffers stay in the cache
+_UPPER = (1 << 24) - 1
 
 
 def stream(*names: object) -> int:
@@ -37,26 +40,69 @@ def uniform(keys: Sequence[int], count: int, like: Array, *, start: int = 0) -> 
     """
     library = backend.of(like)
     result = library.empty((len(keys), count), library.xp.float32, like)
-    block = min(max(count, 1), _CPU_BLOCK) if library.on_cpu(like) else max(count, 1)
-    weyl = library.put(torch.arange(1, block + 1, dtype=torch.int32), like) * _signed(_GAMMA)
-    for row, key in enumerate(keys):
-        for first in range(0, count, block):
-            place = start + first
-            # Counters beyond 2^32 go on in the stream of another upper half.
-            z = weyl[: count - first] + _signed(key + place * _GAMMA)
-            z ^= z >> 16 & (1 << 16) - 1
-            z *= _signed(_FIRST)
-            z += _signed((key >> 32) + (place >> 32) * _GAMMA)
-            z ^= z >> 15 & (1 << 17) - 1
-            z *= _signed(_SECOND)
-            z ^= z >> 15 & (1 << 17) - 1
-            z *= _signed(_THIRD)
-            z ^= z >> 16 & (1 << 16) - 1
-            result[row, first : first + block] = z >> 8 & (1 << 24) - 1
+    for part, words in _words(keys, result, start):
+        part[...] = words >> 8 & _UPPER
     result *= 2.0**-24
     return result
 
 
+def less(keys: Sequence[int], limit: float, count: int, like: Array, *, start: int = 0) -> Array:
+    """Where the numbers are less than ``limit``, as 0 and 1: uint8, shape (len(keys), count).
+
+    The same decisions as with the float32 numbers of :func:`uniform`, made on their integers: no floats are formed.
+    """
+    library = backend.of(like)
+    result = library.empty((len(keys), count), library.xp.uint8, like)
+    least = math.ceil(float(numpy.float32(limit)) * (1 << 24))  # the least integer that is not
+    if not 0 < least <= _UPPER:
+        result[...] = int(least > 0)
+        return result
+    for part, words in _words(keys, result, start):
+        part[...] = (words >> 8 & _UPPER) < least if isinstance(words, torch.Tensor) else words < least << 8
+    return result
+
+
+def _words(keys: Sequence[int], result: Array, start: int) -> Iterator[tuple[Array, Array]]:
+    """Parts of ``result`` (len(keys), count), each with the 32 random bits of its numbers.
+
+    NumPy (on a CPU) and CuPy have unsigned integers. torch has signed ones: there bits that come from the sign in a
+    shift are cleared.
+    """
+    library, count = backend.of(result), result.shape[1]
+    block = min(max(count, 1), _CPU_BLOCK) if library.on_cpu(result) else max(count, 1)
+    counters = library.put(torch.arange(1, block + 1, dtype=torch.int32), result)
+    if library.on_cpu(result):
+        result, counters = result.numpy(), counters.numpy()
+    unsigned = not isinstance(counters, torch.Tensor)
+    number = _unsigned if unsigned else _signed
+    weyl = (counters.view("uint32") if unsigned else counters) * number(_GAMMA)
+
+    def mix(z: Array, shift: int) -> None:
+        upper = z >> shift
+        if not unsigned:
+            upper &= (1 << 32 - shift) - 1
+        z ^= upper
+
+    for row, key in enumerate(keys):
+        for first in range(0, count, block):
+            place = start + first
+            # Counters beyond 2^32 go on in the stream of another upper half.
+            z = weyl[: count - first] + number(key + place * _GAMMA)
+            mix(z, 16)
+            z *= number(_FIRST)
+            z += number((key >> 32) + (place >> 32) * _GAMMA)
+            mix(z, 15)
+            z *= number(_SECOND)
+            mix(z, 15)
+            z *= number(_THIRD)
+            mix(z, 16)
+            yield result[row, first : first + block], z
+
+
+def _unsigned(number: int) -> int:
+    return number % (1 << 32)
+
+
 def _signed(number: int) -> int:
-    """``number`` modulo 2^32 as a signed 32-bit integer, in which both libraries' products wrap around."""
+    """``number`` modulo 2^32 as a signed 32-bit integer, in which products wrap around as without a sign."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -57,7 +57,7 @@ def cut(parts: Iterable[Array], count: int, size: int) -> Cut:
     if not 0 < count < size:
         return EVERYTHING if count > 0 else NOTHING
     threshold, rank, equals, gathered = _search(parts, size - count + 1)
-    if rank == 1:
+    if rank == 1 or math.isnan(threshold):
         return Cut(threshold, math.inf)
     wanted = equals - rank + 1
     for places in _equal_to(threshold, parts, gathered):
@@ -87,6 +87,19 @@ def largest(magnitudes: Array, counts: int | Sequence[int]) -> Array:
         here = columns if end == math.inf else int(end)
         mask[row, :here] |= numbers[:here] == threshold
     return mask
+
+
+def patterns(magnitudes: Array) -> Array:
+    """The bit patterns of non-negative floats, flat, as integers: ordered as the numbers are."""
+    xp = backend.of(magnitudes).xp
+    return magnitudes.reshape(-1).view({2: xp.int16, 4: xp.int32, 8: xp.int64}[magnitudes.dtype.itemsize])
+
+
+def value_of(pattern: int, dtype: Any) -> float:
+    """The number of a float dtype, of either library, that has this bit pattern."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    floats = getattr(torch, str(dtype).removeprefix("torch."))
+    return float(torch.tensor(pattern, dtype=integers).view(floats))
 
 
 class _Gathered(NamedTuple):
@@ -134,9 +147,7 @@ def _search(parts: Iterable[Array], k: int) -> _Found:
         prefix, equals, open_bits = prefix << width | digit, int(counts[digit]), shift  # type: ignore[index]
         if shift and gathered is None and equals <= _GATHERED:
             gathered = _in_bucket(parts, prefix, shift, equals)
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    floats = getattr(torch, str(dtype).removeprefix("torch."))
-    return _Found(float(torch.tensor(prefix, dtype=integers).view(floats)), k, equals, gathered)
+    return _Found(value_of(prefix, dtype), k, equals, gathered)
 
 
 def _in_bucket(parts: Iterable[Array], prefix: int, shift: int, count: int) -> _Gathered:
@@ -172,9 +183,7 @@ def _equal_to(value: float, parts: Iterable[Array], gathered: _Gathered | None) 
 def _blocks(parts: Iterable[Array]) -> Iterator[Array]:
     """The bit patterns of all numbers, as integers, in blocks."""
     for part in parts:
-        library = backend.of(part)
-        integers = {2: library.xp.int16, 4: library.xp.int32, 8: library.xp.int64}[part.dtype.itemsize]
-        flat = part.reshape(-1).view(integers)
-        step = _CPU_BLOCK if library.on_cpu(part) else max(1, flat.shape[0])
+        flat = patterns(part)
+        step = _CPU_BLOCK if backend.of(part).on_cpu(part) else max(1, flat.shape[0])
         for start in range(0, flat.shape[0], step):
             yield flat[start : start + step]

@@ -8,16 +8,22 @@ every pass; the few operations that form a delta cost less than keeping it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from lrgpu.random import stream
+from lrgpu.sampled_selection import cuts
+from lrgpu.selection import Cut
 from torch import Tensor
 
 from mergekit_lr.methods.delta import gram, widened
 from mergekit_lr.methods.registry import Method
 
-STEP = 1 << 18  # elements: a float32 block is 1 MB, and the allocator reuses its pages
+STEP = 1 << 17  # elements: the float32 blocks of some models and what is formed of them stay in the cache
+_PIECE = 1 << 10  # elements of a sample that are neighbours
+_PIECES = 32  # at least
+_SAMPLED = 1 << 17  # elements of which one piece is sampled
 
 
 class Block(NamedTuple):
@@ -46,31 +52,41 @@ class Blocks:
     step: int = STEP
 
     def __iter__(self) -> Iterator[Block]:
-        for start in range(0, self.size, self.step):
-            base = self._part(self.base, start) if self.base is not None else None
-            inputs = [self._part(model, start) for model in self.models]
-            if self.deltas and base is not None:
-                inputs = [model.sub_(base) for model in inputs]
-            yield Block(start, inputs, base)
+        return (self._block(start, min(start + self.step, self.size)) for start in range(0, self.size, self.step))
 
-    def magnitudes(self, t: int) -> Magnitudes:
-        """Of input ``t`` alone, flat."""
-        return Magnitudes(replace(self, models=[self.models[t]]))
+    def sample(self) -> list[Tensor]:
+        """Magnitudes (pieces, n) of some elements of each input, from all over the matrix, and of all its columns."""
+        width = min(_PIECE, self.size)
+        pieces = max(1, min(max(_PIECES, self.size // _SAMPLED), self.size // max(1, width)))
+        room = self.size - width
+        golden = 0.6180339887498949
+        starts = [round(room * ((i + i * golden % 1) / pieces)) for i in range(pieces)]
+        parts = [self._block(start, start + width).inputs for start in starts]
+        return [torch.cat(column).abs_() for column in zip(*parts, strict=True)]
 
-    def _part(self, read: Read, start: int) -> Tensor:
-        part = read(start, min(start + self.step, self.size))[None]
-        wide = widened(part)
-        return wide.clone() if wide is part else wide
+    def _block(self, start: int, stop: int) -> Block:
+        base = _wide(self.base(start, stop)) if self.base is not None else None
+        inputs = [_wide(model(start, stop)) for model in self.models]
+        if self.deltas and base is not None:
+            inputs = [model.sub_(base) for model in inputs]
+        return Block(start, inputs, base)
 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """The magnitudes of the only input of ``blocks``, formed anew in every pass."""
+    """The magnitudes of the inputs of ``blocks``, flat, formed anew in every pass."""
 
     blocks: Blocks
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (block.inputs[0].abs_().reshape(-1) for block in self.blocks)
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return ([model.abs_().reshape(-1) for model in block.inputs] for block in self.blocks)
+
+
+def _wide(part: Tensor) -> Tensor:
+    """A part as a row (1, n) in the dtype of arithmetic, in memory of its own."""
+    row = part[None]
+    wide = widened(row)
+    return wide.clone() if wide is row else wide
 
 
 def merge_blocks(
@@ -99,6 +115,11 @@ def merge_blocks(
         if method.takes == "deltas" and block.base is not None:
             merged = block.base + merged
         yield block, merged
+
+
+def sampled_cuts(blocks: Blocks, counts: Sequence[int]) -> list[Cut]:
+    """For each input where its ``counts`` largest magnitudes part from the others. Measures a tensor."""
+    return cuts(Magnitudes(blocks), counts, blocks.size, blocks.sample())
 
 
 def products(blocks: Blocks, **_: Any) -> Tensor:

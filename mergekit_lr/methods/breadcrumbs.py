@@ -9,7 +9,7 @@ import torch
 from lrgpu.selection import Cut, cut
 from torch import Tensor
 
-from mergekit_lr.methods.blocks import Blocks
+from mergekit_lr.methods.blocks import Blocks, sampled_cuts
 from mergekit_lr.methods.consensus import elected_sum, weighted_sum
 from mergekit_lr.methods.dare import Compat
 from mergekit_lr.methods.delta import widened
@@ -26,13 +26,10 @@ class Ring(NamedTuple):
 
 def rings(blocks: Blocks, *, density: list[Any], gamma: list[Any], compat: Compat = "paper", **_: Any) -> list[Ring]:
     """For each model what is kept of the whole matrix."""
-
-    def ring(t: int) -> Ring:
-        keep, top = _counts(blocks.size, density[t], gamma[t], compat)
-        magnitudes = blocks.magnitudes(t)
-        return Ring(cut(magnitudes, keep + top, blocks.size), cut(magnitudes, top, blocks.size))
-
-    return [ring(t) for t in range(len(density))]
+    counts = [_counts(blocks.size, *shares, compat) for shares in zip(density, gamma, strict=True)]
+    least = sampled_cuts(blocks, [keep + top for keep, top in counts])
+    most = sampled_cuts(blocks, [top for _, top in counts])
+    return [Ring(*cuts) for cuts in zip(least, most, strict=True)]
 
 
 @method(

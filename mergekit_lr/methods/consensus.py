@@ -1,7 +1,7 @@
-"""Sums of deltas, with a sign elected in every element, in one pass: at most five accumulators, never T tensors.
+"""Sums of deltas, with a sign elected in every element.
 
-The elected sign is that of the sum, and only elements of that sign are added up. Both are known from the sum of the
-positive and the sum of the negative parts alone, and the divisors from the weights that stand behind each.
+The elected sign is that of the sum, and only elements of that sign are added up. Methods that work in blocks have the
+few deltas of a block in the cache, where they are read twice: for the votes, and for the sum of those that agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Divisor = Literal["none", "weights", "count"]
 
 
 def weighted_sum(deltas: Iterable[Tensor], weights: list[Any], *, normalize: bool) -> Tensor:
-    """sum_t w_t delta_t, over the sum of the weights with ``normalize`` (unless that is 0)."""
+    """sum_t w_t delta_t, over the sum of the weights with ``normalize`` (unless that is 0). One delta at a time."""
     total: Tensor | None = None
     for weight, delta in zip(normalized(weights) if normalize else weights, deltas, strict=True):
         term = delta * _like(weight, delta)
@@ -39,68 +39,55 @@ def elected_sum(
     """sum_t w_t delta_t over those t whose element has the elected sign; zeros never have it.
 
     Args:
-        deltas: T tensors (..., m, n), sparse or not; each is read once, in order.
+        deltas: T tensors (..., m, n), sparse or not; all are held.
         weights: T numbers or tensors (..., 1, 1).
         divisor: divide by nothing, by the sum of the weights of what was added, or by how many were.
         elect_on: elect on w_t delta_t, or on delta_t alone.
         majority: the sign of the sum, or the sign that most have.
         zero_sign: what an exact zero elects: +, or the sign that prevails among all the tensor's elections.
     """
-    sums: _Sides | None = None
-    for weight, delta in zip(weights, deltas, strict=True):
-        sums = sums or _Sides(delta, divisor, elect_on, majority)
-        sums.add(delta, _like(weight, delta))
-    assert sums is not None
-    return sums.merged(zero_sign)
+    held = list(deltas)
+    weights = [_like(weight, delta) for weight, delta in zip(weights, held, strict=True)]
+    voices = weights if elect_on == "weighted" else [1.0] * len(weights)
+    votes, scratch = torch.zeros_like(held[0]), torch.empty_like(held[0])
+    for delta, voice in zip(held, voices, strict=True):
+        # Rounded before it is added: opposite deltas of equal weight then cancel, where a fused sum leaves an error.
+        vote = torch.mul(delta, voice, out=scratch)
+        votes += vote.sign_() if majority == "count" else vote
+    sign = _signs(votes, zero_sign)
+    total, shares = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, voice, weight in zip(held, voices, weights, strict=True):
+        agrees = _agree(torch.mul(delta, sign, out=scratch), voice)
+        if isinstance(weight, Tensor):
+            total.addcmul_(delta * weight, agrees)
+        else:
+            total.addcmul_(delta, agrees, value=weight)
+        share = weight if divisor == "weights" else 1.0
+        if isinstance(share, Tensor):
+            shares.addcmul_(agrees, share)
+        elif divisor != "none":
+            shares.add_(agrees, alpha=share)
+    return total if divisor == "none" else total.div_(shares.add_(torch.eq(shares, 0, out=scratch)))
 
 
-class _Sides:
-    """What is summed on the positive and on the negative side: values, votes, divisors.
+def _signs(votes: Tensor, zero_sign: str) -> Tensor:
+    """The elected signs, 1.0 and -1.0, in the memory of ``votes``."""
+    undecided = votes == 0 if zero_sign == "majority" else None
+    prevailing = votes.sign().sum((-2, -1), keepdim=True) >= 0 if undecided is not None else None
+    signs = torch.ge(votes, 0, out=votes).mul_(2).sub_(1)
+    return signs if undecided is None or prevailing is None else torch.where(undecided & ~prevailing, -1.0, signs)
 
-    Conditions are held as 0.0 and 1.0: on a CPU, arithmetic with those is many times faster than with booleans.
+
+def _agree(along: Tensor, voice: Any) -> Tensor:
+    """Which deltas have the elected sign, with their ``voice``: ``along`` is the delta times that sign, overwritten.
+
+    As 1.0 and 0.0: on a CPU, arithmetic with those is many times faster than with booleans.
     """
-
-    def __init__(self, like: Tensor, divisor: Divisor, elect_on: str, majority: str):
-        self.divisor, self.unweighted, self.counted = divisor, elect_on == "unweighted", majority == "count"
-        self.up, self.down = torch.zeros_like(like), torch.zeros_like(like)
-        # The vote is the sum of both sides, unless it is another one.
-        self.vote = torch.zeros_like(like) if self.unweighted or self.counted else None
-        self.divisors = (torch.zeros_like(like), torch.zeros_like(like)) if divisor != "none" else None
-        self.side = torch.empty_like(like)
-
-    def add(self, delta: Tensor, weight: Any) -> None:
-        weighted = delta * weight
-        voter = delta if self.unweighted else weighted
-        share = weight if self.divisor == "weights" else 1.0
-        if not self.unweighted:
-            self.up += weighted.clamp_min(0)
-            self.down += weighted.clamp_max(0)
-        for i, compare in enumerate((torch.gt, torch.lt)):
-            if not self.unweighted and self.divisors is None:
-                break
-            compare(voter, 0, out=self.side)
-            if self.unweighted:
-                (self.up, self.down)[i].addcmul_(weighted, self.side)
-            if self.divisors is not None:
-                if isinstance(share, Tensor):
-                    self.divisors[i].add_(self.side * share)
-                else:
-                    self.divisors[i].add_(self.side, alpha=share)
-        if self.vote is not None:
-            self.vote += voter.sign() if self.counted else voter
-
-    def merged(self, zero_sign: str) -> Tensor:
-        votes = self.up + self.down if self.vote is None else self.vote
-        elected = torch.ge(votes, 0, out=self.side)
-        if zero_sign == "majority":
-            prevailing = votes.sign().sum((-2, -1), keepdim=True) >= 0
-            elected = torch.where(votes == 0, prevailing.to(elected.dtype), elected)
-        total = torch.lerp(self.down, self.up, elected)  # exactly one of the two
-        if self.divisors is None:
-            return total
-        positive, negative = self.divisors
-        divisor = torch.lerp(negative, positive, elected)
-        return total.div_(divisor.add_(torch.eq(divisor, 0, out=self.side)))
+    if isinstance(voice, Tensor) or voice == 0:
+        along *= voice
+    elif voice < 0:
+        return torch.lt(along, 0, out=along)
+    return torch.gt(along, 0, out=along)
 
 
 def _like(weight: Any, delta: Tensor) -> Any:

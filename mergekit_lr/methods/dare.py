@@ -6,10 +6,11 @@ Which elements are dropped depends on (seed, tensor, model) alone, not on order,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy
 import torch
-from lrgpu.random import uniform
+from lrgpu.random import less, uniform
 from torch import Tensor
 
 from mergekit_lr.methods.blocks import Blocks
@@ -20,8 +21,17 @@ from mergekit_lr.methods.ties import l1_ratio, matched_l1
 
 Compat = Literal["paper", "mergekit"]
 
+_HELD = 1 << 25  # bytes of masks that are kept from one pass to the next
 
-def factors(
+
+class Rest(NamedTuple):
+    """What is left of one delta: ``factor`` multiplies it; ``mask`` has a bit for every element, where it is kept."""
+
+    factor: float
+    mask: Any = None  # a NumPy array, of which the first elements are the upper bits
+
+
+def rests(
     blocks: Blocks,
     *,
     keys: Sequence[Sequence[int]],
@@ -29,18 +39,30 @@ def factors(
     rescale: bool = True,
     compat: Compat = "paper",
     **_: Any,
-) -> list[float]:
-    """What the rest of each delta is multiplied by, with all of the matrix seen."""
+) -> list[Rest]:
+    """What is left of each delta, with all of the matrix seen.
+
+    A CPU draws slower than it packs bits: it draws for this pass only, where the masks are small enough to be kept.
+    """
     if not rescale:
-        return [1.0] * len(density)
+        return [Rest(1.0)] * len(density)
     if compat == "paper":
-        return [inverse(share, None) for share in density]
+        return [Rest(inverse(share, None)) for share in density]
     sums = torch.zeros(2, len(density), dtype=torch.float64)
+    masks: list[list[Any]] = [[] for _ in density]
+    held = blocks.step % 8 == 0 and len(density) * blocks.size <= 8 * _HELD
     for block in blocks:
         for t, delta in enumerate(block.inputs):
-            kept = drop(delta, keys[t], density[t], block.start)
-            sums[:, t] += torch.stack([delta.abs().sum(), kept.abs().sum()]).double().cpu()
-    return [l1_ratio(before, after) for before, after in sums.T.tolist()]
+            delta.abs_()
+            before = delta.sum()
+            if not density[t] >= 1:
+                kept = less(keys[t], density[t], delta.numel(), delta, start=block.start)
+                if held and not delta.is_cuda:
+                    masks[t].append(numpy.packbits(kept.numpy()))
+                delta *= kept
+            sums[:, t] += torch.stack([before, delta.sum()]).double().cpu()
+    ratios = [l1_ratio(before, after) for before, after in sums.T.tolist()]
+    return [Rest(ratio, numpy.concatenate(mask) if mask else None) for ratio, mask in zip(ratios, masks, strict=True)]
 
 
 @method(
@@ -49,7 +71,7 @@ def factors(
     takes="deltas",
     spaces=("full", "core", "knots"),
     elementwise=True,
-    measure=factors,
+    measure=rests,
 )
 def dare_linear(
     deltas: Sequence[Tensor],
@@ -62,7 +84,7 @@ def dare_linear(
     rescale: bool = True,
     scale: Number = 1.0,
     compat: Compat = "paper",
-    measured: list[float] | None = None,
+    measured: list[Rest] | None = None,
     start: int = 0,
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and takes the weighted sum.
@@ -106,7 +128,7 @@ def dare_linear(
     takes="deltas",
     spaces=("full", "core", "knots"),
     elementwise=True,
-    measure=factors,
+    measure=rests,
 )
 def dare_ties(
     deltas: Sequence[Tensor],
@@ -119,7 +141,7 @@ def dare_ties(
     rescale: bool = True,
     scale: Number = 1.0,
     compat: Compat = "paper",
-    measured: list[float] | None = None,
+    measured: list[Rest] | None = None,
     start: int = 0,
 ) -> Tensor:
     """Drops elements at random, rescales the rest, and sums those of the elected sign.
@@ -155,11 +177,10 @@ def drop(delta: Tensor, keys: Sequence[int], density: Any, start: int = 0) -> Te
 
     ``start``: the place of its first element in the matrix that the streams are for.
     """
-    if not isinstance(density, Tensor) and density >= 1:
-        return delta
-    draw = uniform(keys, delta.shape[-2] * delta.shape[-1], delta, start=start).reshape(delta.shape)
-    # Where numbers are compared into numbers, not booleans, the product takes a fraction of the time.
-    return delta * torch.lt(draw, density, out=draw)
+    size = delta.shape[-2] * delta.shape[-1]
+    if isinstance(density, Tensor):
+        return delta * (uniform(keys, size, delta).reshape(delta.shape) < density)
+    return delta if density >= 1 else delta * less(keys, density, size, delta, start=start).reshape(delta.shape)
 
 
 def _dropped(
@@ -168,17 +189,29 @@ def _dropped(
     density: list[Any],
     rescale: bool,
     compat: Compat,
-    measured: list[float] | None,
+    measured: list[Rest] | None,
     start: int,
 ) -> Iterator[Tensor]:
     for t, delta in enumerate(deltas):
         delta = widened(delta)
-        kept = drop(delta, keys[t], density[t], start)
         if measured is not None:
-            kept = kept if measured[t] == 1 else kept * measured[t]
-        elif rescale and kept is not delta:
+            yield _left(delta, measured[t], keys[t], density[t], start)
+            continue
+        kept = drop(delta, keys[t], density[t])
+        if rescale and kept is not delta:
             kept = matched_l1(kept, delta) if compat == "mergekit" else kept * inverse(density[t], kept)
         yield kept
+
+
+def _left(delta: Tensor, rest: Rest, keys: Sequence[int], density: float, start: int) -> Tensor:
+    """What is left of a block (1, n), rescaled; ``start`` is its place."""
+    factor, mask = rest
+    if mask is None:
+        kept = drop(delta, keys, density, start)
+    else:
+        bits = numpy.unpackbits(mask[start // 8 : (start + delta.numel() + 7) // 8], count=delta.numel())
+        kept = delta * torch.from_numpy(bits)
+    return kept if factor == 1 else kept * factor
 
 
 def inverse(density: Any, like: Tensor | None) -> Any:

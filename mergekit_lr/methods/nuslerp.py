@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from mergekit_lr.errors import UsageError
-from mergekit_lr.methods.blocks import products
+from mergekit_lr.methods.blocks import Blocks, products
 from mergekit_lr.methods.delta import Delta, combine, gram, widened
 from mergekit_lr.methods.registry import PerModel, method
 from mergekit_lr.methods.slerp import arc
 
 _COLLINEAR = 1e-16  # 1 - |cosine| below which the arc is taken for its chord
+
+
+def coefficients(blocks: Blocks, *, weights: list[Any], **_: Any) -> list[float]:
+    """What the two models, or their deltas, are multiplied by, with all of the matrix seen."""
+    return [float(c) for c in arc(products(blocks), _share(weights), _COLLINEAR)]
 
 
 @method(
@@ -23,7 +28,7 @@ _COLLINEAR = 1e-16  # 1 - |cosine| below which the arc is taken for its chord
     takes="weights",
     factored=True,
     elementwise=lambda given: given.get("nuslerp_flatten", True),
-    measure=products,
+    measure=coefficients,
     models=(2, 2),
 )
 def nuslerp(
@@ -34,7 +39,7 @@ def nuslerp(
     weights: PerModel = 1.0,
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
-    measured: Tensor | None = None,
+    measured: list[float] | None = None,
 ) -> Delta:
     """Spherical interpolation of two models at w_2 / (w_1 + w_2), of their deltas if there is a base.
 
@@ -65,7 +70,7 @@ def nuslerp(
     deltas = models if base is None else [widened(_dense(model)) - base for model in models]
     t = _share(weights)
     if nuslerp_flatten:
-        merged = combine(arc(gram(deltas) if measured is None else measured, t, _COLLINEAR), deltas)
+        merged = combine(arc(gram(deltas), t, _COLLINEAR) if measured is None else measured, deltas)
     else:
         left, right = (widened(_dense(delta)) for delta in deltas)
         columns = nuslerp_row_wise and left.shape[-2] > 1

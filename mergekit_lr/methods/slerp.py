@@ -7,15 +7,21 @@ is a linear combination, and its coefficients follow from three inner products, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_lr.methods.blocks import products
+from mergekit_lr.methods.blocks import Blocks, products
 from mergekit_lr.methods.delta import Delta, combine, gram
 from mergekit_lr.methods.registry import Number, method
 
 _COLLINEAR = 0.9995  # |cosine| above which the arc is taken for its chord
+
+
+def coefficients(blocks: Blocks, *, t: Number, **_: Any) -> list[float]:
+    """What the two models are multiplied by, with all of the matrix seen."""
+    return [float(c) for c in arc(products(blocks), t, 1 - _COLLINEAR)]
 
 
 @method(
@@ -24,10 +30,10 @@ _COLLINEAR = 0.9995  # |cosine| above which the arc is taken for its chord
     takes="weights",
     factored=True,
     elementwise=True,
-    measure=products,
+    measure=coefficients,
     models=(2, 2),
 )
-def slerp(models: Sequence[Delta], /, *, t: Number, measured: Tensor | None = None) -> Delta:
+def slerp(models: Sequence[Delta], /, *, t: Number, measured: list[float] | None = None) -> Delta:
     """Spherical interpolation from the first model (t = 0) to the second (t = 1).
 
     The vectors keep their lengths: for unequal ones the result's length is between, though not linear in t.
@@ -54,8 +60,7 @@ def slerp(models: Sequence[Delta], /, *, t: Number, measured: Tensor | None = No
     Example:
         {t: 0.5}
     """
-    first, second = arc(gram(models) if measured is None else measured, t, 1 - _COLLINEAR)
-    return combine([first, second], models)
+    return combine(arc(gram(models), t, 1 - _COLLINEAR) if measured is None else measured, models)
 
 
 def arc(products: Tensor, t: Number, flat: float) -> tuple[Tensor, Tensor]:

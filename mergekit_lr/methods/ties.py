@@ -13,7 +13,7 @@ import torch
 from lrgpu.selection import Cut, cut, kth_smallest
 from torch import Tensor
 
-from mergekit_lr.methods.blocks import Blocks
+from mergekit_lr.methods.blocks import Blocks, sampled_cuts
 from mergekit_lr.methods.consensus import elected_sum
 from mergekit_lr.methods.delta import scaled, widened
 from mergekit_lr.methods.registry import Number, PerModel, Share, method
@@ -23,7 +23,7 @@ def cuts(blocks: Blocks, *, density: list[Any], threshold: list[Any] | None, **_
     """For each model what :func:`keep_largest` keeps of the whole matrix."""
     if threshold is not None:
         return [Cut(limit, inf) for limit in threshold]
-    return [cut(blocks.magnitudes(t), int(share * blocks.size), blocks.size) for t, share in enumerate(density)]
+    return sampled_cuts(blocks, [int(share * blocks.size) for share in density])
 
 
 @method(

@@ -11,7 +11,7 @@ from mergekit_lr.methods.blocks import STEP, Blocks, merge_blocks
 from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.methods.registry import find, methods
 
-SHAPE = (700, 901)  # two blocks and a bit
+SHAPE = (700, 901)  # some blocks and a bit
 CASES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weights": [0.3, 0.5, 0.7]}, {"normalize": False}],
     "task_arithmetic": [{"weights": [0.3, -0.5, 0.7], "scale": 0.5}],
@@ -71,7 +71,7 @@ def test_blocks_and_the_whole_agree(name: str, options: dict[str, Any]):
         name, wide, base=None if base is None else base.float(), seed=5, name_of_tensor="q", models=labels, **options
     )
     assert isinstance(whole, torch.Tensor)
-    assert len(parts) == 3
+    assert len(parts) == -(-models[0].numel() // STEP) > 1
     close = {"rtol": 1e-6, "atol": 1e-8} if method.measure is not None else {"rtol": 0.0, "atol": 0.0}
     torch.testing.assert_close(torch.cat(parts, -1).reshape(SHAPE), whole, **close)
 

@@ -1,0 +1,159 @@
+"""Which are the largest of many magnitudes, of several rows at once, in one read: with a sample of them.
+
+A sample says between which two numbers a rank very likely lies. One read counts what is up to either of the two and
+gathers what is between, from which the order statistic is selected exactly. Where many numbers are equal, as those on
+a coarse grid are, one of the two is most often the number itself, and the counts show it. A rank that is elsewhere
+after all is found by radix search: a sample never changes a result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy
+
+from lrgpu import backend
+from lrgpu.backend import Array
+from lrgpu.selection import EVERYTHING, NOTHING, Cut, cut, patterns, value_of
+
+_SIGMAS = 5  # how far from its place in the sample a rank is looked for
+_GATHERED = 1 << 21  # numbers of a row that may be held
+
+
+def cuts(blocks: Iterable[Sequence[Array]], counts: Sequence[int], size: int, sample: Sequence[Array]) -> list[Cut]:
+    """For each row of magnitudes where its largest part from the others, as :func:`lrgpu.selection.cut` says it.
+
+    Args:
+        blocks: the magnitudes in order, each block a sequence with a flat array for every row; gone through again
+            where one read is not enough. On a CPU blocks that stay in the cache are fastest.
+        counts: how many are the largest of each row.
+        size: how many magnitudes a row has.
+        sample: some magnitudes of each row (pieces, n), neighbours in a piece, pieces from all over the row.
+    """
+    result = [EVERYTHING if count > 0 else NOTHING for count in counts]
+    rows = {t: _Row(size - count + 1, size, sample[t]) for t, count in enumerate(counts) if 0 < count < size}
+    for block in blocks if rows else ():
+        for t, row in rows.items():
+            row.add(block[t])
+    scattered: dict[int, _Scattered] = {}
+    for t, row in rows.items():
+        found = row.found()
+        if isinstance(found, _Scattered):
+            scattered[t] = found
+        else:
+            result[t] = found or cut(_Only(blocks, t), counts[t], size)
+    for t, end in _ends(blocks, scattered):
+        result[t] = Cut(value_of(scattered[t].pattern, sample[t].dtype), end)
+    return result
+
+
+class _Scattered(NamedTuple):
+    """The pattern of a row's threshold; the last of its equals that belongs is number ``wanted`` of a block's."""
+
+    pattern: int
+    block: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class _Only:
+    """One row of the blocks."""
+
+    blocks: Iterable[Sequence[Array]]
+    t: int
+
+    def __iter__(self) -> Iterator[Array]:
+        return (block[self.t] for block in self.blocks)
+
+
+class _Row:
+    """What is known of one row: how many bit patterns are up to ``low``, and which are between that and ``high``.
+
+    Where the sample has several numbers that are equal to one of the two, all that are so are counted in each block.
+    """
+
+    def __init__(self, rank: int, size: int, sample: Array):
+        self.rank, self.dtype = rank, sample.dtype
+        bits = backend.of(sample).host(patterns(sample)).reshape(sample.shape)
+        self.low, self.high, self.coarse = _bracket(bits, (rank - 0.5) / size)
+        self.size = self.up_to_low = self.between = 0
+        self.at_low: list[int] = []
+        self.at_high: list[int] = []
+        self.gathered: list[tuple[Any, Any]] = []  # patterns and places, on the host
+
+    def add(self, block: Array) -> None:
+        """Count and gather in the next block."""
+        library = backend.of(block)
+        bits = patterns(block)
+        bits, xp = (bits.numpy(), numpy) if library.on_cpu(block) else (bits, library.xp)
+        low, below_high = bits <= self.low, bits < self.high
+        up_to_low, up_to = (int(xp.count_nonzero(part)) for part in (low, below_high))
+        if self.coarse:
+            self.at_low.append(up_to_low - int(xp.count_nonzero(bits < self.low)))
+            self.at_high.append(int(xp.count_nonzero(bits <= self.high)) - up_to)
+        self.up_to_low += up_to_low
+        self.between += up_to - up_to_low
+        if self.between <= _GATHERED:
+            [offsets] = xp.where(low ^ below_high)
+            found = bits[offsets], offsets
+            if xp is not numpy:
+                found = tuple(library.host(part) for part in found)
+            self.gathered.append((found[0], found[1] + self.size))
+        self.size += bits.shape[0]
+
+    def found(self) -> Cut | _Scattered | None:
+        """The cut, or where its end is to be looked for; None where the rank is not where it was looked for."""
+        rank, at_low, at_high = self.rank - self.up_to_low, sum(self.at_low), sum(self.at_high)
+        if -at_low < rank <= 0:
+            return self._end(self.low, self.at_low, rank + at_low)
+        if self.between < rank <= self.between + at_high:
+            return self._end(self.high, self.at_high, rank - self.between)
+        if not 0 < rank <= self.between <= _GATHERED:
+            return None
+        bits, places = (numpy.concatenate(parts) for parts in zip(*self.gathered, strict=True))
+        pattern = numpy.partition(bits, rank - 1)[rank - 1]
+        equal = places[bits == pattern]
+        rank -= int(numpy.count_nonzero(bits < pattern))
+        return Cut(value_of(int(pattern), self.dtype), math.inf if rank == 1 else int(equal[-rank]) + 1)
+
+    def _end(self, pattern: int, counts: list[int], rank: int) -> Cut | _Scattered:
+        """A threshold of ``counts`` numbers in the blocks, of which the last ``rank`` - 1 do not belong."""
+        if rank == 1:
+            return Cut(value_of(pattern, self.dtype), math.inf)
+        wanted, block = sum(counts) - rank + 1, 0
+        while wanted > counts[block]:
+            wanted, block = wanted - counts[block], block + 1
+        return _Scattered(pattern, block, wanted)
+
+
+def _bracket(sample: Any, share: float) -> tuple[int, int, bool]:
+    """Two patterns between which the number at ``share`` of all very likely is; whether the sample repeats either.
+
+    Args:
+        sample: patterns (pieces, n). Neighbours are alike, so how far off the sample may be shows in how the pieces
+            differ.
+    """
+    ordered = numpy.sort(sample.reshape(-1))
+    size = ordered.shape[0]
+    guess = ordered[min(int(share * size), size - 1)]
+    spread = (sample <= guess).mean(-1).std() / sample.shape[0] ** 0.5
+    reach = _SIGMAS * max(spread, (share * (1 - share) / size) ** 0.5)
+    low, high = math.floor((share - reach) * size) - 1, math.ceil((share + reach) * size) + 1
+    least = int(ordered[low]) if low >= 0 else -1
+    most = int(ordered[high]) if high < size else int(numpy.iinfo(ordered.dtype).max)
+    repeated = any(numpy.count_nonzero(ordered == edge) > 1 for edge in (least, most))
+    return least, max(most, least + 1), repeated
+
+
+def _ends(blocks: Iterable[Sequence[Array]], scattered: dict[int, _Scattered]) -> Iterator[tuple[int, int]]:
+    """For each row the place behind the last of its equals that belongs; blocks are read as far as that needs."""
+    start, last = 0, max((one.block for one in scattered.values()), default=-1)
+    for number, block in zip(range(last + 1), blocks, strict=False):
+        for t, one in scattered.items():
+            if one.block == number:
+                [offsets] = backend.of(block[t]).xp.where(patterns(block[t]) == one.pattern)
+                yield t, start + int(offsets[one.wanted - 1]) + 1
+        start += block[0].shape[0]
