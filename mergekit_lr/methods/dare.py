@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_lr.methods.blocks import Blocks
 from mergekit_lr.methods.consensus import elected_sum, weighted_sum
-from mergekit_lr.methods.delta import widened
+from mergekit_lr.methods.delta import as_dense, scaled, widened
 from mergekit_lr.methods.registry import Number, PerModel, Share, method
 from mergekit_lr.methods.ties import l1_ratio, matched_l1
 
@@ -48,21 +48,22 @@ def rests(
         return [Rest(1.0)] * len(density)
     if compat == "paper":
         return [Rest(inverse(share, None)) for share in density]
-    sums = torch.zeros(2, len(density), dtype=torch.float64)
+    before, after = ([0.0] * len(density) for _ in range(2))
     masks: list[list[Any]] = [[] for _ in density]
     held = blocks.step % 8 == 0 and len(density) * blocks.size <= 8 * _HELD
     for block in blocks:
         for t, delta in enumerate(block.inputs):
-            delta.abs_()
-            before = delta.sum()
-            if not density[t] >= 1:
-                kept = less(keys[t], density[t], delta.numel(), delta, start=block.start)
-                if held and not delta.is_cuda:
-                    masks[t].append(numpy.packbits(kept.numpy()))
-                delta *= kept
-            sums[:, t] += torch.stack([before, delta.sum()]).double().cpu()
-    ratios = [l1_ratio(before, after) for before, after in sums.T.tolist()]
-    return [Rest(ratio, numpy.concatenate(mask) if mask else None) for ratio, mask in zip(ratios, masks, strict=True)]
+            if density[t] >= 1:
+                continue
+            kept = less(keys[t], density[t], delta.numel(), delta, start=block.start)
+            if held and delta.device.type == "cpu":
+                masks[t].append(numpy.packbits(kept.numpy()))
+            before[t] += float(delta.abs_().sum())
+            after[t] += float(delta.mul_(kept.to(delta.dtype)).sum())
+    return [
+        Rest(l1_ratio(*norms), numpy.concatenate(mask) if mask else None)
+        for *norms, mask in zip(before, after, masks, strict=True)
+    ]
 
 
 @method(
@@ -119,7 +120,7 @@ def dare_linear(
         {density: 0.5}
     """
     dropped = _dropped(deltas, keys, density, rescale, compat, measured, start)
-    return weighted_sum(dropped, weights, normalize=normalize) * scale
+    return as_dense(scaled(weighted_sum(dropped, weights, normalize=normalize), scale))
 
 
 @method(
@@ -169,7 +170,8 @@ def dare_ties(
         {density: 0.5, weight: 0.5}
     """
     dropped = _dropped(deltas, keys, density, rescale, compat, measured, start)
-    return elected_sum(dropped, weights, divisor="weights" if normalize else "none") * scale
+    merged = elected_sum(dropped, weights, divisor="weights" if normalize else "none")
+    return as_dense(scaled(merged, scale))
 
 
 def drop(delta: Tensor, keys: Sequence[int], density: Any, start: int = 0) -> Tensor:
@@ -180,7 +182,9 @@ def drop(delta: Tensor, keys: Sequence[int], density: Any, start: int = 0) -> Te
     size = delta.shape[-2] * delta.shape[-1]
     if isinstance(density, Tensor):
         return delta * (uniform(keys, size, delta).reshape(delta.shape) < density)
-    return delta if density >= 1 else delta * less(keys, density, size, delta, start=start).reshape(delta.shape)
+    if density >= 1:
+        return delta
+    return _times(delta, less(keys, density, size, delta, start=start))
 
 
 def _dropped(
@@ -210,8 +214,15 @@ def _left(delta: Tensor, rest: Rest, keys: Sequence[int], density: float, start:
         kept = drop(delta, keys, density, start)
     else:
         bits = numpy.unpackbits(mask[start // 8 : (start + delta.numel() + 7) // 8], count=delta.numel())
-        kept = delta * torch.from_numpy(bits)
-    return kept if factor == 1 else kept * factor
+        kept = _times(delta, torch.from_numpy(bits))
+    if factor == 1:
+        return kept
+    return kept * factor if kept is delta else kept.mul_(factor)
+
+
+def _times(delta: Tensor, mask: Tensor) -> Tensor:
+    """A new tensor; numbers times numbers take half the time of numbers times integers."""
+    return mask.to(delta.dtype).reshape(delta.shape).mul_(delta)
 
 
 def inverse(density: Any, like: Tensor | None) -> Any:
