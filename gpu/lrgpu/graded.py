@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from lrgpu import backend
 from lrgpu.backend import Array
+from lrgpu.eigen import leading
 
 _RESOLVED = 0.02  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
+_CLEAR = 0.01  # the same for the leading ones, which need not be told from all the others
 _BLOCKS = 8  # of columns: the lower triangle of a Gram by blocks takes 9/16 of its products
 _ROWS = 128  # whose squares are summed before they are added to those of others
 
@@ -46,6 +48,37 @@ def orthogonal_columns(M: Array) -> Columns:
         X[:, :short], V[:, :short] = X[:, :short] @ turn, V[:, :short] @ turn
         d[:short] = lengths(X[:, :short])
     return Columns(X, V, d)
+
+
+class Directions(NamedTuple):
+    """V (n, k) with orthonormal columns, the leading right singular vectors of a matrix; least: no k columns leave less
+    of its squared norm, up to rounding."""
+
+    V: Array
+    least: float
+
+
+def leading_directions(M: Array, count: int) -> Directions:
+    """Of a float32 matrix (m, n) on a CPU, m >= n, that is no larger than 1 in norm.
+
+    What a Gram resolves is taken out of the matrix, and the next directions come from a Gram of the rest. Cost of a
+    level: 1/2 product of M's size and part of an eigenproblem, and 2 k / n of a product from one to the next.
+    """
+    library = backend.of(M)
+    xp = library.xp
+    rest, found = M, []
+    while True:
+        values, V = leading(lower_gram(rest), count)
+        resolved = int((values >= _CLEAR**2 * float(values[-1])).sum()) if float(values[-1]) > 0 else count
+        V = V[:, count - resolved :]
+        found.append(V)
+        count -= resolved
+        if not count:
+            break
+        rest = rest - (rest @ V) @ V.swapaxes(-1, -2)
+    slack = 8 * float(xp.finfo(M.dtype).eps) * float(values[-1])  # a sum of eigenvalues is off by few roundings of one
+    left = float(backend.squared_norm(rest)) - float(library.cast(values, xp.float64).sum())
+    return Directions(xp.concatenate(found, -1), left - slack)
 
 
 def lower_gram(X: Array) -> Array:

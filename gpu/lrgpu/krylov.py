@@ -23,7 +23,7 @@ from lrgpu.backend import Array
 # A block gets one more column, a fresh one, for so many that it has: a Krylov space alone finds no more vectors
 # of one repeated singular value than a block has columns, and cannot know that there are others.
 _FRESH_SHARE = 32
-_LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
+LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
 
 
 class Approximation(NamedTuple):
@@ -155,8 +155,8 @@ class Krylov:
         S = xp.where(present, S, 0.0)
         squared = squared_norm - (S * S).sum(-1)
         S, Vh = library.cast(S, D.dtype), library.cast(Vh, D.dtype)
-        if bool((squared < _LOST * squared_norm).any()):
-            squared = _squared_error(D, U, S, Vh)
+        if bool((squared < LOST * squared_norm).any()):
+            squared = squared_error(D, U, S, Vh)
         return Approximation(U, S, Vh, xp.clip(squared, 0, None))
 
 
@@ -191,7 +191,7 @@ def _rotated(Y: Array) -> tuple[Array, float]:
     return Y / xp.where(present, length, xp.inf)[:, None, :], float(relative.min())
 
 
-def _squared_error(D: Array, U: Array, S: Array, Vh: Array) -> Array:
+def squared_error(D: Array, U: Array, S: Array, Vh: Array) -> Array:
     """||D - U S Vh||^2 (b,), term by term, in blocks of rows."""
     library = backend.of(D)
     rows = 256 if library.on_cpu(D) else D.shape[-2]

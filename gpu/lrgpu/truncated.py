@@ -2,8 +2,8 @@
 
 A block Krylov basis (krylov.py) grows until what it could still win cannot better the error by ``tolerance``,
 so the work adapts to the spectrum: a fixed number of passes misses 1 % on flat tails. The error itself is
-exact and free: ||D||^2 - sum S^2. Where the rank is a good part of the whole, the eigenvectors of a float32 Gram
-are the start instead and one cycle is enough; where it is close to full the SVD is LAPACK's.
+exact and free: ||D||^2 - sum S^2. Where the rank is a good part of the whole, or the tolerance tight, leading
+eigenvectors of a float32 Gram are faster, and exact but for rounding; close to full rank the SVD is LAPACK's.
 
 Why Krylov and 5/8 k: on AVX2 in float32, at 2048^2 and k = 64, for power laws and low rank plus noise, blocks of
 k/2 are below 1 % after 8 passes (256 columns in all), subspace iteration with a sketch of 1.5 k after 4 to 5
@@ -23,16 +23,18 @@ from typing import Any, NamedTuple
 
 from lrgpu import backend
 from lrgpu.backend import Array
-from lrgpu.graded import orthogonal_columns
-from lrgpu.krylov import Krylov
+from lrgpu.graded import leading_directions, lengths
+from lrgpu.krylov import LOST, Krylov, squared_error
 from lrgpu.rank import RankRule
 
 _MIN_BLOCK = 16  # columns; narrower products only wait for memory
 _SMALL = 128  # rows or columns below which LAPACK takes no longer than the bookkeeping
-_LARGEST_RANK = 0.25  # share of min(m, n): above it LAPACK is faster, and so is a Gram, where one does
-_TIGHT_RANK = 0.15  # the same for a Gram and tolerances below 1%
+_LARGEST_RANK = 0.25  # share of min(m, n): above it LAPACK is faster
+_GRAM_RANKS = ((1e-2, 0.13), (1e-3, 0.09), (0.0, 0.045))  # tolerances, and the share from which on a Gram is faster
+_GRAM_TOLERANCE = 1e-4  # the excess that a Gram in float32 tells from none
+_NEGLIGIBLE = 1e-12  # of ||D||^2: the rounding of D
 _BLOCKS = 6  # blocks of a basis before a rule that is undecided gets wider ones
-_LARGEST_SHARE = 0.6  # of min(m, n): above it LAPACK is as fast as a cycle from the eigenvectors of a Gram
+_LARGEST_SHARE = 0.9  # of min(m, n): above it LAPACK is as fast as a Gram
 _LARGE = 256  # rows and columns from which on that Gram is worth it
 _LARGEST_BASIS = 0.75  # share of min(m, n): a basis that outgrows it gives up for LAPACK
 
@@ -134,7 +136,7 @@ def _fixed_rank(D: Array, rank: int, tolerance: float, squared_norm: Array, seed
     if rank == 0:
         return [_empty(D[i : i + 1], squared_norm[i : i + 1]) for i in range(batch)]
     results: dict[int, TruncatedSVD] = {}
-    largest = _LARGEST_RANK if tolerance >= 0.01 or not _has_gram(D) else _TIGHT_RANK
+    largest = next(share for least, share in _GRAM_RANKS if tolerance >= least) if _has_gram(D) else _LARGEST_RANK
     if full > _SMALL and rank <= largest * full:
         krylov = Krylov(D, squared_norm, backend.normal(seeds, columns, width, D, D.dtype), seeds)
         while len(results) < batch and krylov.width + width <= _LARGEST_BASIS * full:
@@ -144,38 +146,41 @@ def _fixed_rank(D: Array, rank: int, tolerance: float, squared_norm: Array, seed
     for i in range(batch):
         if i not in results:
             one = slice(i, i + 1)
-            found = _from_gram(D[one], rank, tolerance, squared_norm[one], seeds[i])
+            found = _from_gram(D[one], rank, tolerance, squared_norm[one])
             results[i] = _exact(D[one], rank, squared_norm[one]) if found is None else found
     return [results[i] for i in range(batch)]
 
 
-def _from_gram(D: Array, rank: int, tolerance: float, squared_norm: Array, seed: int) -> TruncatedSVD | None:
-    """One cycle from the leading eigenvectors of the Gram of a float32 matrix (1, m, n), on a CPU.
+def _from_gram(D: Array, rank: int, tolerance: float, squared_norm: Array) -> TruncatedSVD | None:
+    """From the leading eigenvectors V of the Gram of a float32 matrix (1, m, n), on a CPU: the SVD of D V.
 
-    The lengths of its orthogonal columns (graded.py) tell the least possible error up to their rounding. None where
-    that leaves open whether the error is within the tolerance, and where LAPACK is as fast.
+    They are exact but for rounding, and so is the least possible error. None where that leaves open whether the error
+    is within the tolerance, and where LAPACK is as fast.
     """
     library = backend.of(D)
     xp = library.xp
-    full = min(D.shape[-2:])
-    if not _has_gram(D) or rank > _LARGEST_SHARE * full or float(squared_norm[0]) == 0:
+    if not _has_gram(D) or rank > _LARGEST_SHARE * min(D.shape[-2:]) or float(squared_norm[0]) == 0:
         return None
     wide = D.shape[-1] > D.shape[-2]
     size = float(xp.sqrt(squared_norm[0]))
-    X, V, d = orthogonal_columns((D[0].swapaxes(-1, -2) if wide else D[0]) / size)
-    order = xp.argsort(d)
-    leading = order[-rank:]
-    block = (X[:, leading] / xp.clip(d[leading], 1e-30, None) if wide else V[:, leading])[None]
-    krylov = Krylov(D, squared_norm, block, [seed], passes=2)
-    krylov.cycle()
-    U, S, Vh, squared = krylov.approximation(rank, slice(None))
-    squares = library.cast(d[order], xp.float64) ** 2 * squared_norm
-    # A sum of them is a trace, and off by few roundings of the largest (seen: one, for 683 of 1024).
-    least = xp.clip(squares[:-rank].sum() - 8 * float(xp.finfo(D.dtype).eps) * squares[-1], 1e-300, None)
-    excess = xp.sqrt(xp.clip(squared / least, 1.0, None)) - 1
-    if float(excess[0]) > tolerance:
+    M = (D[0].swapaxes(-1, -2) if wide else D[0]) / size
+    V, least = leading_directions(M, rank)
+    Y = M @ V
+    exact = library.cast(Y, xp.float64)
+    _, turn = xp.linalg.eigh(exact.swapaxes(-1, -2) @ exact)
+    turn = library.cast(xp.flip(turn, (-1,)), D.dtype)
+    X, V = Y @ turn, V @ turn
+    S = lengths(X)
+    X = X / xp.clip(S, 1e-30, None)
+    U, Vh = (V, X.swapaxes(-1, -2)) if wide else (X, V.swapaxes(-1, -2))
+    U, S, Vh = U[None], S[None], Vh[None]
+    squared = 1 - (library.cast(S, xp.float64) ** 2).sum(-1)
+    if float(squared[0]) < LOST:
+        squared = squared_error(M.swapaxes(-1, -2)[None] if wide else M[None], U, S, Vh)
+    excess = xp.sqrt(xp.clip(squared / max(least, 1e-300), 1.0, None)) - 1
+    if float(excess[0]) > max(tolerance, _GRAM_TOLERANCE) and float(squared[0]) > _NEGLIGIBLE:
         return None
-    return TruncatedSVD(U, S, Vh, squared_norm, xp.sqrt(squared), krylov.passes, excess)
+    return TruncatedSVD(U, size * S, Vh, squared_norm, xp.sqrt(squared * squared_norm), 2, excess)
 
 
 def _has_gram(D: Array) -> bool:

@@ -238,7 +238,7 @@ def test_large_rank_from_a_gram(shape: tuple[int, int], spectrum: str):
         D = (D + normal(rows, columns, seed=2)).bfloat16().float() - normal(rows, columns, seed=2).bfloat16().float()
     D, rank = D.float(), 120
     found = truncated_svd(D, rank, tolerance=1e-3)
-    assert found.passes == 4, "the route was not taken"
+    assert found.passes == 2, "the route was not taken"
     exact = torch.linalg.svdvals(D.double())
     least = float(exact[rank:].norm())
     residual = float((D.double() - (found.U.double() * found.S) @ found.Vh.double()).norm())
