@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_lr.checkpoint import hub
 from mergekit_lr.checkpoint.pickled import read_pickled
 from mergekit_lr.checkpoint.quantized import Scale, dequantise, find_scales
-from mergekit_lr.checkpoint.safetensors import TensorInfo, announce, read_header, read_part, read_tensor
+from mergekit_lr.checkpoint.safetensors import TensorInfo, announce, parts, read_header, read_tensor
 from mergekit_lr.errors import FormatError, MismatchError
 
 # File stems in the order in which transformers and diffusers would pick them.
@@ -109,11 +109,12 @@ class Checkpoint:
         """Whether a part of ``name`` can be read without the rest."""
         return name not in self._scales
 
-    def read_part(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a tensor that has parts, counted flat: (stop - start,)."""
+    def parts(self, name: str) -> Callable[[int, int], Tensor]:
+        """What gives elements [start, stop) of a tensor that has parts, counted flat. Do not write into them."""
         if name in self._memory:
-            return self._memory[name].reshape(-1)[start:stop]
-        return read_part(self.tensors[name], start, stop)
+            flat = self._memory[name].reshape(-1)
+            return lambda start, stop: flat[start:stop]
+        return parts(self.tensors[name])
 
     def announce(self, name: str) -> None:
         """Say that ``name`` is going to be read in parts soon."""

@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,8 +125,22 @@ def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
     return torch.frombuffer(window, dtype=info.dtype, offset=skip).view(shape)
 
 
-def read_part(info: TensorInfo, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the tensor, counted flat, as a copy (stop - start,).
+def parts(info: TensorInfo) -> Callable[[int, int], Tensor]:
+    """What gives elements [start, stop) of the tensor, counted flat: (stop - start,). Do not write into them.
+
+    They are views of the file, mapped once, which is faster than to copy each; of an unaligned tensor, copies.
+
+    Raises:
+        FormatError: the file changed since its header was read.
+    """
+    if info.offset % info.dtype.itemsize:
+        return lambda start, stop: _copied(info, start, stop)
+    flat = read_tensor(info).reshape(-1)
+    return lambda start, stop: flat[start:stop]
+
+
+def _copied(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the tensor as a copy.
 
     Raises:
         FormatError: the file changed since its header was read.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, Literal
 
+import numpy
 import torch
 from lrgpu.selection import Cut, cut, kth_smallest
 from torch import Tensor
@@ -138,8 +139,8 @@ def beyond(values: Tensor, where: Cut, start: int = 0) -> Tensor:
     if inside:
         if threshold == 0:
             return values
-        limit = torch.tensor(threshold, dtype=values.dtype)
-        threshold = float(torch.nextafter(limit, torch.zeros_like(limit)))
+        kind = numpy.float64 if values.dtype == torch.float64 else numpy.float32
+        threshold = float(numpy.nextafter(kind(threshold), kind(0)))
     return torch.nn.functional.hardshrink(values, threshold)
 
 

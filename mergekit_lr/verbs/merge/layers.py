@@ -58,7 +58,8 @@ class Job:
         """What reads elements [start, stop) of one of ``used``, counted flat in the order of the result's rows."""
         if self.alignment is not None:
             return self.alignment.open(used).part
-        return lambda item, start, stop: item.source.read_part(item.name, start, stop)
+        parts = {item: item.source.parts(item.name) for item in used}
+        return lambda item, start, stop: parts[item](start, stop)
 
 
 def modules_of(recipe: Recipe, sources: dict[str, Source]) -> Iterator[tuple[Module, dict[str, Source]]]:

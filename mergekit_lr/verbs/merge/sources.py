@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Mapping, Set
+from collections.abc import Callable, Container, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,9 +117,9 @@ class Source:
         """Whether a part of a tensor can be read without the rest."""
         return self.applied is None and self.checkpoint.has_parts(self.disk[self.aliases.get(name, name)])
 
-    def read_part(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a tensor that has parts, counted flat: (stop - start,)."""
-        return self.checkpoint.read_part(self.disk[self.aliases.get(name, name)], start, stop)
+    def parts(self, name: str) -> Callable[[int, int], Tensor]:
+        """What gives elements [start, stop) of a tensor that has parts, counted flat. Do not write into them."""
+        return self.checkpoint.parts(self.disk[self.aliases.get(name, name)])
 
     def announce(self, name: str) -> None:
         """Say that a tensor is going to be read in parts soon."""
