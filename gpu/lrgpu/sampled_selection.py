@@ -9,7 +9,7 @@ after all is found by radix search: a sample never changes a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,12 +23,12 @@ _SIGMAS = 5  # how far from its place in the sample a rank is looked for
 _GATHERED = 1 << 21  # numbers of a row that may be held
 
 
-def cuts(blocks: Iterable[Sequence[Array]], counts: Sequence[int], size: int, sample: Sequence[Array]) -> list[Cut]:
+def cuts(blocks: Sequence[Sequence[Array]], counts: Sequence[int], size: int, sample: Sequence[Array]) -> list[Cut]:
     """For each row of magnitudes where its largest part from the others, as :func:`lrgpu.selection.cut` says it.
 
     Args:
-        blocks: the magnitudes in order, each block a sequence with a flat array for every row; gone through again
-            where one read is not enough. On a CPU blocks that stay in the cache are fastest.
+        blocks: the magnitudes in order, each block a sequence with a flat array for every row; taken again where one
+            read is not enough. On a CPU blocks that stay in the cache are fastest.
         counts: how many are the largest of each row.
         size: how many magnitudes a row has.
         sample: some magnitudes of each row (pieces, n), neighbours in a piece, pieces from all over the row.
@@ -38,31 +38,37 @@ def cuts(blocks: Iterable[Sequence[Array]], counts: Sequence[int], size: int, sa
     for block in blocks if rows else ():
         for t, row in rows.items():
             row.add(block[t])
-    scattered: dict[int, _Scattered] = {}
     for t, row in rows.items():
         found = row.found()
         if isinstance(found, _Scattered):
-            scattered[t] = found
+            result[t] = found.within(blocks[found.block][t])
         else:
             result[t] = found or cut(_Only(blocks, t), counts[t], size)
-    for t, end in _ends(blocks, scattered):
-        result[t] = Cut(value_of(scattered[t].pattern, sample[t].dtype), end)
     return result
 
 
 class _Scattered(NamedTuple):
-    """The pattern of a row's threshold; the last of its equals that belongs is number ``wanted`` of a block's."""
+    """The pattern of a row's threshold; the last of its equals that belongs is number ``wanted`` of those in a block.
+
+    start: the place of the block's first number.
+    """
 
     pattern: int
     block: int
+    start: int
     wanted: int
+
+    def within(self, block: Array) -> Cut:
+        """The cut, from the row's magnitudes in that block."""
+        [offsets] = backend.of(block).xp.where(patterns(block) == self.pattern)
+        return Cut(value_of(self.pattern, block.dtype), self.start + int(offsets[self.wanted - 1]) + 1)
 
 
 @dataclass(frozen=True)
 class _Only:
     """One row of the blocks."""
 
-    blocks: Iterable[Sequence[Array]]
+    blocks: Sequence[Sequence[Array]]
     t: int
 
     def __iter__(self) -> Iterator[Array]:
@@ -79,39 +85,41 @@ class _Row:
         self.rank, self.dtype = rank, sample.dtype
         bits = backend.of(sample).host(patterns(sample)).reshape(sample.shape)
         self.low, self.high, self.coarse = _bracket(bits, (rank - 0.5) / size)
-        self.size = self.up_to_low = self.between = 0
+        self.starts = [0]  # of the blocks
+        self.up_to_low = self.between = 0
         self.at_low: list[int] = []
         self.at_high: list[int] = []
         self.gathered: list[tuple[Any, Any]] = []  # patterns and places, on the host
 
     def add(self, block: Array) -> None:
-        """Count and gather in the next block."""
+        """Count and gather in the next block, unless there is too much to gather."""
+        if self.between > _GATHERED:
+            return
         library = backend.of(block)
         bits = patterns(block)
         bits, xp = (bits.numpy(), numpy) if library.on_cpu(block) else (bits, library.xp)
         low, below_high = bits <= self.low, bits < self.high
-        up_to_low, up_to = (int(xp.count_nonzero(part)) for part in (low, below_high))
+        [offsets] = xp.where(low ^ below_high)
+        found = bits[offsets], offsets + self.starts[-1]
+        self.gathered.append(found if xp is numpy else tuple(map(library.host, found)))
+        up_to_low, between = int(xp.count_nonzero(low)), offsets.shape[0]
         if self.coarse:
             self.at_low.append(up_to_low - int(xp.count_nonzero(bits < self.low)))
-            self.at_high.append(int(xp.count_nonzero(bits <= self.high)) - up_to)
+            self.at_high.append(int(xp.count_nonzero(bits <= self.high)) - up_to_low - between)
         self.up_to_low += up_to_low
-        self.between += up_to - up_to_low
-        if self.between <= _GATHERED:
-            [offsets] = xp.where(low ^ below_high)
-            found = bits[offsets], offsets
-            if xp is not numpy:
-                found = tuple(library.host(part) for part in found)
-            self.gathered.append((found[0], found[1] + self.size))
-        self.size += bits.shape[0]
+        self.between += between
+        self.starts.append(self.starts[-1] + bits.shape[0])
 
     def found(self) -> Cut | _Scattered | None:
         """The cut, or where its end is to be looked for; None where the rank is not where it was looked for."""
+        if self.between > _GATHERED:
+            return None
         rank, at_low, at_high = self.rank - self.up_to_low, sum(self.at_low), sum(self.at_high)
         if -at_low < rank <= 0:
             return self._end(self.low, self.at_low, rank + at_low)
         if self.between < rank <= self.between + at_high:
             return self._end(self.high, self.at_high, rank - self.between)
-        if not 0 < rank <= self.between <= _GATHERED:
+        if not 0 < rank <= self.between:
             return None
         bits, places = (numpy.concatenate(parts) for parts in zip(*self.gathered, strict=True))
         pattern = numpy.partition(bits, rank - 1)[rank - 1]
@@ -126,7 +134,7 @@ class _Row:
         wanted, block = sum(counts) - rank + 1, 0
         while wanted > counts[block]:
             wanted, block = wanted - counts[block], block + 1
-        return _Scattered(pattern, block, wanted)
+        return _Scattered(pattern, block, self.starts[block], wanted)
 
 
 def _bracket(sample: Any, share: float) -> tuple[int, int, bool]:
@@ -146,14 +154,3 @@ def _bracket(sample: Any, share: float) -> tuple[int, int, bool]:
     most = int(ordered[high]) if high < size else int(numpy.iinfo(ordered.dtype).max)
     repeated = any(numpy.count_nonzero(ordered == edge) > 1 for edge in (least, most))
     return least, max(most, least + 1), repeated
-
-
-def _ends(blocks: Iterable[Sequence[Array]], scattered: dict[int, _Scattered]) -> Iterator[tuple[int, int]]:
-    """For each row the place behind the last of its equals that belongs; blocks are read as far as that needs."""
-    start, last = 0, max((one.block for one in scattered.values()), default=-1)
-    for number, block in zip(range(last + 1), blocks, strict=False):
-        for t, one in scattered.items():
-            if one.block == number:
-                [offsets] = backend.of(block[t]).xp.where(patterns(block[t]) == one.pattern)
-                yield t, start + int(offsets[one.wanted - 1]) + 1
-        start += block[0].shape[0]

@@ -51,8 +51,14 @@ class Blocks:
     deltas: bool
     step: int = STEP
 
+    def __len__(self) -> int:
+        return -(-self.size // self.step)
+
+    def __getitem__(self, number: int) -> Block:
+        return self._block(number * self.step, min((number + 1) * self.step, self.size))
+
     def __iter__(self) -> Iterator[Block]:
-        return (self._block(start, min(start + self.step, self.size)) for start in range(0, self.size, self.step))
+        return (self[number] for number in range(len(self)))
 
     def sample(self) -> list[Tensor]:
         """Magnitudes (pieces, n) of some elements of each input, from all over the matrix, and of all its columns."""
@@ -73,13 +79,18 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Magnitudes:
-    """The magnitudes of the inputs of ``blocks``, flat, formed anew in every pass."""
+class Magnitudes(Sequence[list[Tensor]]):
+    """The magnitudes of the inputs of ``blocks``, flat, formed anew whenever they are asked for."""
 
     blocks: Blocks
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return ([model.abs_().reshape(-1) for model in block.inputs] for block in self.blocks)
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> list[Tensor]:  # type: ignore[override]
+        if number >= len(self):
+            raise IndexError(number)
+        return [model.abs_().reshape(-1) for model in self.blocks[number].inputs]
 
 
 def _wide(part: Tensor) -> Tensor:

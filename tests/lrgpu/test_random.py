@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lrgpu.random import stream, uniform
+from lrgpu.random import less, stream, uniform
 
 LIKE = torch.empty(0)
 MANY = 1 << 20
@@ -16,6 +16,14 @@ def test_any_part_of_a_stream_can_be_drawn_alone():
     for start, count in ((0, 1), (65_535, 3), (131_072, 5), (199_999, 1), (12_345, 150_000)):
         assert torch.equal(uniform(keys, count, LIKE, start=start), whole[:, start : start + count])
     assert torch.equal(uniform(keys[1:], 200_000, LIKE), whole[1:])
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0, 1e-9, 2.0**-24, 0.1, 0.5, 0.9, 1 - 2.0**-24, 1 - 1e-9, 1.0, 2.0])
+def test_comparing_integers_is_comparing_numbers(limit):
+    keys = [stream("a"), stream("b")]
+    for start in (0, 77, (1 << 32) - 50_000):
+        expected = uniform(keys, 100_000, LIKE, start=start) < limit
+        assert torch.equal(less(keys, limit, 100_000, LIKE, start=start), expected.to(torch.uint8))
 
 
 def test_numbers_are_even_in_every_stream():

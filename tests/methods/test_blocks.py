@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mergekit_lr.methods import dare
 from mergekit_lr.methods.blocks import STEP, Blocks, merge_blocks
 from mergekit_lr.methods.merge_tensors import merge_tensors
 from mergekit_lr.methods.registry import find, methods
@@ -49,23 +50,33 @@ def test_every_method_that_says_it_can_is_here():
     assert {name for name, method in methods().items() if method.elementwise({})} == set(CASES)
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, case) for name, cases in CASES.items() for case in cases])
-def test_blocks_and_the_whole_agree(name: str, options: dict[str, Any]):
+def in_blocks(name: str, options: dict[str, Any], step: int = STEP) -> list[torch.Tensor]:
+    """What ``given`` is merged to, block by block."""
     models, base = given(name)
 
     def reader(tensor: torch.Tensor) -> Any:
         def read(start: int, stop: int) -> torch.Tensor:
-            assert stop - start <= STEP
+            assert stop - start <= step
             return tensor.reshape(-1)[start:stop]
 
         return read
 
     method = find(name)
-    assert method.elementwise(options)
     origin = None if base is None else reader(base)
-    blocks = Blocks(models[0].numel(), [reader(x) for x in models], origin, deltas=method.takes == "deltas")
+    inputs = [reader(model) for model in models]
+    blocks = Blocks(models[0].numel(), inputs, origin, deltas=method.takes == "deltas", step=step)
     labels = [f"{t}" for t in range(len(models))]
-    parts = [part for _, part in merge_blocks(method, blocks, models=labels, tensor="q", seed=5, **options)]
+    return [part for _, part in merge_blocks(method, blocks, models=labels, tensor="q", seed=5, **options)]
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_blocks_and_the_whole_agree(name: str, options: dict[str, Any]):
+    models, base = given(name)
+
+    method = find(name)
+    assert method.elementwise(options)
+    parts = in_blocks(name, options)
+    labels = [f"{t}" for t in range(len(models))]
     wide = [model.float() for model in models]
     whole = merge_tensors(
         name, wide, base=None if base is None else base.float(), seed=5, name_of_tensor="q", models=labels, **options
@@ -85,3 +96,30 @@ def test_what_needs_the_whole_matrix_says_so():
         "iso_c": {},
     }.items():
         assert not find(name).elementwise(options)
+
+
+@pytest.mark.parametrize("step", [1 << 14, 10_001])
+def test_the_size_of_blocks_changes_nothing(step: int):
+    for name in ("ties", "breadcrumbs", "dare_ties"):
+        for options in CASES[name]:
+            usual = torch.cat(in_blocks(name, options), -1)
+            close = {"rtol": 1e-6, "atol": 0.0} if "compat" in options else {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(torch.cat(in_blocks(name, options, step), -1), usual, **close)
+
+
+def test_masks_that_are_kept_are_those_that_are_drawn_again(monkeypatch: pytest.MonkeyPatch):
+    options = {"density": [0.2, 0.5, 1.0], "compat": "mergekit"}
+    kept = in_blocks("dare_linear", options)
+    monkeypatch.setattr(dare, "_HELD", 0)
+    assert all(torch.equal(a, b) for a, b in zip(kept, in_blocks("dare_linear", options), strict=True))
+
+
+def test_a_sample_sees_every_column():
+    columns = torch.arange(64).repeat(20_000).float()
+    blocks = Blocks(columns.numel(), [lambda start, stop: columns[start:stop]], None, deltas=False)
+    [sample] = blocks.sample()
+    assert sample.ndim == 2
+    assert sample.numel() < columns.numel() / 10
+    assert torch.bincount(sample.flatten().int()).float().std() < 0.1 * sample.numel() / 64
+    [whole] = Blocks(500, [lambda start, stop: columns[start:stop]], None, deltas=False).sample()
+    assert torch.equal(whole.flatten(), columns[:500])

@@ -14,7 +14,7 @@ import torch
 from given import KINDS, close, dense
 from lrgpu.clustering import centre_weights, kmeans
 from lrgpu.polar import iterate, polar
-from lrgpu.random import stream, uniform
+from lrgpu.random import less, stream, uniform
 from lrgpu.selection import kth_smallest, largest
 from torch import Tensor
 
@@ -90,6 +90,7 @@ def test_random_numbers_by_definition(place: Place):
         exact = [number(key, i) for i in range(40)]
         assert mine.tolist() == exact
         assert back(uniform([key], 15, like, start=25))[0].tolist() == exact[25:]
+        assert back(less([key], 0.3, 15, like, start=25))[0].tolist() == [x < 0.3 for x in exact[25:]]
 
 
 def test_random_numbers_are_uniform_and_independent(place: Place):
