@@ -19,8 +19,9 @@ from lrgpu import backend
 from lrgpu.backend import Array
 
 _GAMMA, _FIRST, _SECOND, _THIRD = 0x9E3779B9, 0x7FEB352D, 0x846CA68B, 0x31848BAB
-_CPU_BLOCK = 1 << 15  # numbers: a block's buffers stay in the cache
 _UPPER = (1 << 24) - 1
+_CPU_BLOCK = 1 << 15  # numbers: a block's buffers stay in the cache
+_WEYL = numpy.arange(1, _CPU_BLOCK + 1, dtype=numpy.uint32) * numpy.uint32(_GAMMA)
 
 
 def stream(*names: object) -> int:
@@ -69,13 +70,13 @@ def _words(keys: Sequence[int], result: Array, start: int) -> Iterator[tuple[Arr
     shift are cleared.
     """
     library, count = backend.of(result), result.shape[1]
-    block = min(max(count, 1), _CPU_BLOCK) if library.on_cpu(result) else max(count, 1)
-    counters = library.put(torch.arange(1, block + 1, dtype=torch.int32), result)
     if library.on_cpu(result):
-        result, counters = result.numpy(), counters.numpy()
-    unsigned = not isinstance(counters, torch.Tensor)
+        result, weyl = library.host(result), _WEYL
+    else:
+        weyl = library.put(torch.arange(1, count + 1, dtype=torch.int32), result) * _signed(_GAMMA)
+        weyl = weyl if library.xp is torch else weyl.view("uint32")
+    unsigned = not isinstance(weyl, torch.Tensor)
     number = _unsigned if unsigned else _signed
-    weyl = (counters.view("uint32") if unsigned else counters) * number(_GAMMA)
 
     def mix(z: Array, shift: int) -> None:
         upper = z >> shift
@@ -84,10 +85,12 @@ def _words(keys: Sequence[int], result: Array, start: int) -> Iterator[tuple[Arr
         z ^= upper
 
     for row, key in enumerate(keys):
-        for first in range(0, count, block):
+        first = 0
+        while first < count:
             place = start + first
             # Counters beyond 2^32 go on in the stream of another upper half.
-            z = weyl[: count - first] + number(key + place * _GAMMA)
+            size = min(len(weyl), count - first, (1 << 32) - place % (1 << 32))
+            z = weyl[:size] + number(key + place * _GAMMA)
             mix(z, 16)
             z *= number(_FIRST)
             z += number((key >> 32) + (place >> 32) * _GAMMA)
@@ -96,7 +99,8 @@ def _words(keys: Sequence[int], result: Array, start: int) -> Iterator[tuple[Arr
             mix(z, 15)
             z *= number(_THIRD)
             mix(z, 16)
-            yield result[row, first : first + block], z
+            yield result[row, first : first + size], z
+            first += size
 
 
 def _unsigned(number: int) -> int:

@@ -59,5 +59,7 @@ def test_keys_that_differ_in_one_half_give_other_numbers():
 
 def test_counters_go_on_beyond_32_bits():
     key = stream("long")
+    across = uniform([key], 100, LIKE, start=(1 << 32) - 50)
+    assert torch.equal(across[:, 20:], uniform([key], 80, LIKE, start=(1 << 32) - 30))
     assert not torch.equal(uniform([key], 100, LIKE), uniform([key], 100, LIKE, start=1 << 32))
     assert torch.equal(uniform([key], 50, LIKE, start=(1 << 33) + 50), uniform([key], 100, LIKE, start=1 << 33)[:, 50:])
