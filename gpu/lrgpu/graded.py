@@ -28,21 +28,21 @@ class Columns(NamedTuple):
     d: Array
 
 
-def orthogonal_columns(M: Array) -> Columns:
+def orthogonal_columns(M: Array, floor: float) -> Columns:
     """The columns of a float32 matrix (m, n), m >= n, whose squares neither vanish nor overflow.
 
-    Columns at the level of rounding, max(m, n) eps of the longest together, are left as they are.
+    Columns that are together no longer than ``floor`` times the longest are left as they are.
     """
     library = backend.of(M)
     xp = library.xp
     _, V = xp.linalg.eigh(lower_gram(M))
     X = M @ V
     d = lengths(X)
-    floor = max(M.shape) * float(xp.finfo(M.dtype).eps) * float(d.max())
+    rounding = floor * float(d.max())
     short, before = len(d), len(d) + 1
     while 1 < short < before:
         before, short = short, int((d[:short] < _RESOLVED * float(d[:short].max())).sum())
-        if float(xp.linalg.norm(d[:short])) <= floor:
+        if float(xp.linalg.norm(d[:short])) <= rounding:
             break
         _, turn = xp.linalg.eigh(lower_gram(X[:, :short]))
         X[:, :short], V[:, :short] = X[:, :short] @ turn, V[:, :short] @ turn
@@ -51,11 +51,13 @@ def orthogonal_columns(M: Array) -> Columns:
 
 
 class Directions(NamedTuple):
-    """V (n, k) with orthonormal columns, the leading right singular vectors of a matrix; least: no k columns leave less
-    of its squared norm, up to rounding."""
+    """V (n, k) with orthonormal columns, the leading right singular vectors of a matrix, and their squared singular
+    values (k,), descending; left: the squared norm that they leave, up to ``slack``."""
 
     V: Array
-    least: float
+    squares: Array
+    left: float
+    slack: float
 
 
 def leading_directions(M: Array, count: int) -> Directions:
@@ -66,19 +68,21 @@ def leading_directions(M: Array, count: int) -> Directions:
     """
     library = backend.of(M)
     xp = library.xp
-    rest, found = M, []
+    rest, found, squares = M, [], []
     while True:
         values, V = leading(lower_gram(rest), count)
-        resolved = int((values >= _CLEAR**2 * float(values[-1])).sum()) if float(values[-1]) > 0 else count
+        top = float(values[-1])
+        resolved = int((values >= _CLEAR**2 * top).sum()) if top > 0 else count
         V = V[:, count - resolved :]
-        found.append(V)
+        found.append(xp.flip(V, (-1,)))
+        squares.append(xp.flip(values[count - resolved :], (-1,)))
         count -= resolved
         if not count:
             break
         rest = rest - (rest @ V) @ V.swapaxes(-1, -2)
-    slack = 8 * float(xp.finfo(M.dtype).eps) * float(values[-1])  # a sum of eigenvalues is off by few roundings of one
-    left = float(backend.squared_norm(rest)) - float(library.cast(values, xp.float64).sum())
-    return Directions(xp.concatenate(found, -1), left - slack)
+    left = float(backend.squared_norm(rest)) - float(library.cast(squares[-1], xp.float64).sum())
+    slack = 8 * float(xp.finfo(M.dtype).eps) * top  # a sum of eigenvalues is off by few roundings of the largest
+    return Directions(xp.concatenate(found, -1), xp.concatenate(squares), left, slack)
 
 
 def lower_gram(X: Array) -> Array:

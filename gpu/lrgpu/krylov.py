@@ -23,7 +23,7 @@ from lrgpu.backend import Array
 # A block gets one more column, a fresh one, for so many that it has: a Krylov space alone finds no more vectors
 # of one repeated singular value than a block has columns, and cannot know that there are others.
 _FRESH_SHARE = 32
-LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
+_LOST = 1e-4  # ||D||^2 - sum S^2 below this share of ||D||^2 has lost too many digits to be a residual
 
 
 class Approximation(NamedTuple):
@@ -155,7 +155,7 @@ class Krylov:
         S = xp.where(present, S, 0.0)
         squared = squared_norm - (S * S).sum(-1)
         S, Vh = library.cast(S, D.dtype), library.cast(Vh, D.dtype)
-        if bool((squared < LOST * squared_norm).any()):
+        if bool((squared < _LOST * squared_norm).any()):
             squared = squared_error(D, U, S, Vh)
         return Approximation(U, S, Vh, xp.clip(squared, 0, None))
 

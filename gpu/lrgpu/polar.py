@@ -1,8 +1,9 @@
 """The polar factor and the nuclear norm of a matrix, without its SVD.
 
 With M = U S V^T of numerical rank rho: P = U_rho V_rho^T, a partial isometry, and ||M||_* = <P, M>. A direction
-counts if its singular value exceeds max(m, n) eps sigma_1. Directions below that are rounding, and lifting them to
-one, as U V^T of a full SVD does, would fill P with noise: at rank n / 4 three times as much as there is signal.
+counts if its singular value exceeds max(m, n) eps sigma_1, or what the caller says. Directions below that are rounding,
+and lifting them to one, as U V^T of a full SVD does, would fill P with noise: at rank n / 4 three times as much as
+there is signal.
 
 Routes, (..., m, n) each, n the shorter side:
 Graded: float32 on a CPU, from n = 256 on. Eigenproblems in float32, corrected to first order: see :func:`graded`.
@@ -41,11 +42,12 @@ class Polar(NamedTuple):
     rank: Array
 
 
-def polar(matrix: Array) -> Polar:
+def polar(matrix: Array, *, floor: float | None = None) -> Polar:
     """The polar factor of each matrix on its numerical range, and its nuclear norm.
 
     Args:
         matrix: (..., m, n), float32 or float64; of any rank, zero included.
+        floor: the share of its largest singular value up to which one is rounding; max(m, n) eps without it.
 
     Raises:
         TypeError: another dtype.
@@ -64,44 +66,43 @@ def polar(matrix: Array) -> Polar:
     P = library.empty(tuple(tall.shape), matrix.dtype, matrix)
     rank = library.empty((tall.shape[0],), xp.int64, matrix)
     step = max(1, _TOGETHER // max(1, m * n))
+    least = max(m, n) * float(xp.finfo(matrix.dtype).eps) if floor is None else floor
     for start in range(0, tall.shape[0], step):
         part = slice(start, start + step)
-        P[part], rank[part] = _factors(tall[part])
+        P[part], rank[part] = _factors(tall[part], least)
     norm = (P * tall).sum((-2, -1), dtype=xp.float64)
     P = P.swapaxes(-1, -2) if turned else P
     return Polar(P.reshape(*lead, m, n), norm.reshape(lead), rank.reshape(lead))
 
 
-def _factors(M: Array) -> tuple[Array, Array]:
+def _factors(M: Array, floor: float) -> tuple[Array, Array]:
     """(P, rank) of tall matrices (b, m, n), each by the cheapest route that is accurate for it."""
     library = backend.of(M)
     xp = library.xp
     single = M.dtype == xp.float32
     if single and M.shape[-1] >= _ITERATED and M.shape[0] == 1:
-        P, rank = graded(M[0]) if library.on_cpu(M) else (iterate(M[0]), M.shape[-1])
+        P, rank = graded(M[0], floor) if library.on_cpu(M) else (iterate(M[0]), M.shape[-1])
         if P is not None:
             return P[None], library.put(torch.tensor([rank]), M)
-    eps = float(xp.finfo(M.dtype).eps)
     wide = library.cast(M, xp.float64)
     w, V = xp.linalg.eigh(wide.swapaxes(-1, -2) @ wide)
     top = xp.clip(w[:, -1:], 0, None)
-    floor = (max(M.shape[-2:]) * eps) ** 2 * top
-    counts = w > floor
+    counts = w > floor**2 * top
     root = xp.where(counts, xp.where(counts, w, 1.0) ** -0.5, 0.0)
     P = wide @ ((V * root[:, None, :]) @ V.swapaxes(-1, -2))
     rank = counts.sum(-1)
     # The Gram's own rounding turns a direction by 2^-52 top / w. What counts must stay clear of that, and in
     # float64 what does not count cannot be told from it.
-    doubtful = (w < (1e-9 if single else 1e-5) * top) & ((w > floor) | (not single))
+    doubtful = (w < (1e-9 if single else 1e-5) * top) & (counts | (not single))
     for i, doubt in enumerate(doubtful.any(-1).tolist()):
         if doubt:
             U, S, Vh = xp.linalg.svd(wide[i], full_matrices=False)
-            rank[i] = (S > max(M.shape[-2:]) * eps * S[0]).sum()
+            rank[i] = (S > floor * S[0]).sum()
             P[i] = U[:, : int(rank[i])] @ Vh[: int(rank[i])]
     return library.cast(P, M.dtype), rank
 
 
-def graded(M: Array) -> tuple[Array | None, int]:
+def graded(M: Array, floor: float) -> tuple[Array | None, int]:
     """P and the rank of one tall float32 matrix (m, n), from eigenproblems in float32; no P where they do not do.
 
     With X = M V, its columns of lengths D nearly orthogonal (graded.py): X^T X = D (I + E) D, and to first order in E
@@ -114,8 +115,8 @@ def graded(M: Array) -> tuple[Array | None, int]:
     library = backend.of(M)
     xp = library.xp
     M = M / xp.clip(xp.amax(abs(M)), 1e-30, None)  # squares of very small numbers are none
-    X, V, d = orthogonal_columns(M)
-    counts = d > max(M.shape) * float(xp.finfo(M.dtype).eps) * float(d.max())
+    X, V, d = orthogonal_columns(M, floor)
+    counts = d > floor * float(d.max())
     root = _inverse_root(lower_gram(X), d, counts)
     return (None, 0) if root is None else ((X @ root) @ V.swapaxes(-1, -2), int(counts.sum()))
 

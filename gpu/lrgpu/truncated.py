@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from lrgpu import backend
 from lrgpu.backend import Array
 from lrgpu.graded import leading_directions, lengths
-from lrgpu.krylov import LOST, Krylov, squared_error
+from lrgpu.krylov import Krylov, squared_error
 from lrgpu.rank import RankRule
 
 _MIN_BLOCK = 16  # columns; narrower products only wait for memory
@@ -32,6 +32,7 @@ _SMALL = 128  # rows or columns below which LAPACK takes no longer than the book
 _LARGEST_RANK = 0.25  # share of min(m, n): above it LAPACK is faster
 _GRAM_RANKS = ((1e-2, 0.13), (1e-3, 0.09), (0.0, 0.045))  # tolerances, and the share from which on a Gram is faster
 _GRAM_TOLERANCE = 1e-4  # the excess that a Gram in float32 tells from none
+_DIFFERENCE = 1e-2  # ||D||^2 - sum S^2 below this share of ||D||^2 is summed term by term: V is orthonormal to 1e-6
 _NEGLIGIBLE = 1e-12  # of ||D||^2: the rounding of D
 _BLOCKS = 6  # blocks of a basis before a rule that is undecided gets wider ones
 _LARGEST_SHARE = 0.9  # of min(m, n): above it LAPACK is as fast as a Gram
@@ -154,8 +155,9 @@ def _fixed_rank(D: Array, rank: int, tolerance: float, squared_norm: Array, seed
 def _from_gram(D: Array, rank: int, tolerance: float, squared_norm: Array) -> TruncatedSVD | None:
     """From the leading eigenvectors V of the Gram of a float32 matrix (1, m, n), on a CPU: the SVD of D V.
 
-    They are exact but for rounding, and so is the least possible error. None where that leaves open whether the error
-    is within the tolerance, and where LAPACK is as fast.
+    They are exact but for rounding, and so is the least possible error. The SVD, which squares nothing, parts the last
+    of them from the first of some more. None where rounding leaves open whether the error is within the tolerance, and
+    where LAPACK is as fast.
     """
     library = backend.of(D)
     xp = library.xp
@@ -164,18 +166,19 @@ def _from_gram(D: Array, rank: int, tolerance: float, squared_norm: Array) -> Tr
     wide = D.shape[-1] > D.shape[-2]
     size = float(xp.sqrt(squared_norm[0]))
     M = (D[0].swapaxes(-1, -2) if wide else D[0]) / size
-    V, least = leading_directions(M, rank)
+    V, squares, left, slack = leading_directions(M, min(rank + max(8, rank // 8), M.shape[-1]))
+    least = left - slack + float(squares[rank:].sum())
     Y = M @ V
     exact = library.cast(Y, xp.float64)
-    _, turn = xp.linalg.eigh(exact.swapaxes(-1, -2) @ exact)
-    turn = library.cast(xp.flip(turn, (-1,)), D.dtype)
+    values, turn = xp.linalg.eigh(exact.swapaxes(-1, -2) @ exact)
+    turn = library.cast(xp.flip(turn, (-1,))[:, :rank], D.dtype)
     X, V = Y @ turn, V @ turn
     S = lengths(X)
     X = X / xp.clip(S, 1e-30, None)
     U, Vh = (V, X.swapaxes(-1, -2)) if wide else (X, V.swapaxes(-1, -2))
     U, S, Vh = U[None], S[None], Vh[None]
-    squared = 1 - (library.cast(S, xp.float64) ** 2).sum(-1)
-    if float(squared[0]) < LOST:
+    squared = 1 - values[None, -rank:].sum(-1)
+    if float(squared[0]) < _DIFFERENCE:
         squared = squared_error(M.swapaxes(-1, -2)[None] if wide else M[None], U, S, Vh)
     excess = xp.sqrt(xp.clip(squared / max(least, 1e-300), 1.0, None)) - 1
     if float(excess[0]) > max(tolerance, _GRAM_TOLERANCE) and float(squared[0]) > _NEGLIGIBLE:

@@ -57,7 +57,7 @@ def test_graded_route(kind: str):
     M = given(kind)
     P, S, rank = exact(M)
     tall = M if M.shape[0] >= M.shape[1] else M.T
-    assert graded(tall)[0] is not None, "the route was not taken"
+    assert graded(tall, max(M.shape) * EPS)[0] is not None, "the route was not taken"
     found = polar(M)
     assert int(found.rank) == rank
     assert float((found.P.double() - P).norm() / P.norm()) < 2e-4
@@ -70,10 +70,18 @@ def test_zero():
     assert int(found.rank) == 0
 
 
+def test_floor():
+    """What the caller takes for rounding, on every route."""
+    for M in (given("condition 1e4"), given("condition 1e4", 64), given("condition 1e4", 64).double()):
+        S = torch.linalg.svdvals(M.double())
+        assert int(polar(M, floor=0.0101).rank) == int((S > 0.0101 * S[0]).sum())
+        assert int(polar(M, floor=1e-6).rank) == len(S)
+
+
 def test_another_route_where_the_first_order_is_not_enough(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(polar_module, "_FIRST_ORDER", 0.0)
     M = given("i^-1")
-    assert graded(M)[0] is None
+    assert graded(M, SIDE * EPS)[0] is None
     P, _, rank = exact(M)
     found = polar(M)
     assert int(found.rank) == rank
