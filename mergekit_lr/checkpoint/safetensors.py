@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -108,56 +109,57 @@ def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:
     Raises:
         FormatError: the file changed since its header was read.
     """
-    shape, offset, nbytes = info.shape, info.offset, info.nbytes
-    if index is not None:
-        nbytes //= shape[0]
-        offset += index * nbytes
-        shape = shape[1:]
-    if nbytes == 0:
-        return torch.empty(shape, dtype=info.dtype)
+    shape = info.shape if index is None else info.shape[1:]
+    size = math.prod(shape)
+    start = size * (index or 0)
+    return _copy_on_write(info, start, start + size).view(shape)
+
+
+def parts(info: TensorInfo) -> Callable[[int, int], Tensor]:
+    """What gives elements [start, stop) of the tensor, counted flat: (stop - start,). Never write into them.
+
+    They are views of memory that cannot be written, so that the kernel reserves none for copies, however large the
+    tensor is. It is mapped once: faster than to copy each part.
+
+    Raises:
+        FormatError: the file changed since its header was read.
+    """
+    size = math.prod(info.shape)
+    if info.offset % info.dtype.itemsize or not size:
+        return lambda start, stop: _copy_on_write(info, start, stop)
+    window, skip = _window(info, 0, size, mmap.ACCESS_READ)
+    # torch warns of a buffer that cannot be written: it is told nothing of that.
+    mapped = numpy.asarray(_Bytes(numpy.frombuffer(window, numpy.uint8, info.nbytes, skip)))
+    flat = torch.from_numpy(mapped).view(info.dtype)
+    return lambda start, stop: flat[start:stop]
+
+
+class _Bytes:
+    """An array of bytes for NumPy, which takes it for one that can be written."""
+
+    def __init__(self, array: numpy.ndarray):
+        self._array = array  # keeps the memory
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def _copy_on_write(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the tensor, counted flat."""
+    if start == stop:
+        return torch.empty(0, dtype=info.dtype)
+    window, skip = _window(info, start, stop, mmap.ACCESS_COPY)
+    if skip % info.dtype.itemsize:  # an unaligned tensor: legal in the format, not in arithmetic
+        return torch.frombuffer(bytearray(window[skip:]), dtype=info.dtype)
+    return torch.frombuffer(window, dtype=info.dtype, offset=skip)
+
+
+def _window(info: TensorInfo, start: int, stop: int, access: int) -> tuple[mmap.mmap, int]:
+    """The part of the file that holds elements [start, stop), and at which of its bytes they begin."""
+    offset, nbytes = info.offset + start * info.dtype.itemsize, (stop - start) * info.dtype.itemsize
     skip = offset % mmap.ALLOCATIONGRANULARITY
     with info.file.open("rb") as file:
         if os.fstat(file.fileno()).st_size < offset + nbytes:
             raise FormatError(f"{info.file}: the file became shorter while it was being read")
-        window = mmap.mmap(file.fileno(), skip + nbytes, access=mmap.ACCESS_COPY, offset=offset - skip)
-    if skip % info.dtype.itemsize:  # an unaligned tensor: legal in the format, not in arithmetic
-        return torch.frombuffer(bytearray(window[skip:]), dtype=info.dtype).view(shape)
-    return torch.frombuffer(window, dtype=info.dtype, offset=skip).view(shape)
-
-
-def parts(info: TensorInfo) -> Callable[[int, int], Tensor]:
-    """What gives elements [start, stop) of the tensor, counted flat: (stop - start,). Do not write into them.
-
-    They are views of the file, mapped once, which is faster than to copy each; of an unaligned tensor, copies.
-
-    Raises:
-        FormatError: the file changed since its header was read.
-    """
-    if info.offset % info.dtype.itemsize:
-        return lambda start, stop: _copied(info, start, stop)
-    flat = read_tensor(info).reshape(-1)
-    return lambda start, stop: flat[start:stop]
-
-
-def _copied(info: TensorInfo, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the tensor as a copy.
-
-    Raises:
-        FormatError: the file changed since its header was read.
-    """
-    part = torch.empty(stop - start, dtype=info.dtype)
-    view = memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    position = info.offset + start * info.dtype.itemsize
-    file = os.open(info.file, os.O_RDONLY)
-    try:
-        while view.nbytes:
-            count = os.preadv(file, [view], position)
-            if not count:
-                raise FormatError(f"{info.file}: the file became shorter while it was being read")
-            view, position = view[count:], position + count
-    finally:
-        os.close(file)
-    return part
+        return mmap.mmap(file.fileno(), skip + nbytes, access=access, offset=offset - skip), skip
 
 
 def announce(info: TensorInfo) -> None:
