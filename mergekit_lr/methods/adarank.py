@@ -27,7 +27,9 @@ def whole(deltas: Sequence[Delta], /, *, weights: PerModel, centered: bool = Fal
     return combine([1 - sum(weights), *weights], [average, *deltas])
 
 
-@method("adarank", paper="2503.22178", takes="deltas", spaces=("full", "core"), vectors=whole, factored=True)
+@method(
+    "adarank", paper="2503.22178", takes="deltas", spaces=("full", "core"), vectors=whole, factored=True, basis="any"
+)
 def adarank(
     deltas: Sequence[Delta],
     /,

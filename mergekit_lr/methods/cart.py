@@ -11,7 +11,15 @@ from mergekit_lr.methods.iso_c import mean
 from mergekit_lr.methods.registry import Number, method
 
 
-@method("cart", paper="2412.12153", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, factored=True)
+@method(
+    "cart",
+    paper="2412.12153",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    vectors=mean,
+    factored=True,
+    basis="any",
+)
 def cart(
     deltas: Sequence[Delta],
     /,

@@ -65,7 +65,7 @@ def core_space(
             for one, own in zip(batch, streams, strict=True)
         ]
         return stacked(merged, factors[0])
-    basis = core_basis(factors)
+    basis = core_basis(factors, singular=rule.basis == "own")
     random: dict[str, Any] = {"keys": keys} if rule.random else {}
     coordinates = as_dense(rule.function(basis.coordinates, **random, **parameters))
     result = lifted(as_dense(flattened(coordinates)) if isotropize else coordinates, basis)

@@ -26,7 +26,15 @@ def mean(deltas: Sequence[Delta], /, *, weights: PerModel = None, scale: Number 
     return scaled(combine([weight / count for weight in weights or [1] * count], deltas), scale)
 
 
-@method("iso_c", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, factored=True)
+@method(
+    "iso_c",
+    paper="2502.04959",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    vectors=mean,
+    factored=True,
+    basis="any",
+)
 def iso_c(
     deltas: Sequence[Delta],
     /,

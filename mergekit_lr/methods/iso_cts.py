@@ -18,7 +18,7 @@ from mergekit_lr.methods.registry import Number, PerModel, method
 from mergekit_lr.methods.tsv_m import whitened
 
 
-@method("iso_cts", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean)
+@method("iso_cts", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, basis="any")
 def iso_cts(
     deltas: Sequence[Tensor],
     /,

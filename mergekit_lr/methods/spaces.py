@@ -7,7 +7,8 @@ core: Core Space (arXiv 2509.17786). With U_B, V_A orthonormal bases of [B_1 | .
 knots: KnOTS (arXiv 2410.19735). With [delta_1 | ... | delta_T] = U S [V_1^T | ... | V_T^T], the method sees
     S V_t^T (K, n), and the result is U M.
 
-Both take O((m + n) R^2 + R^3) for a total rank R, never form an m x n matrix and give factors.
+Both take O((m + n) R^2 + R^3) for a total rank R, never form an m x n matrix and give factors. A linear rule needs no
+coordinates: its result is the same in every space, and the factors side by side are that result.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def run(
         what = method.name if method.takes == "factors" else f"the space {space!r}"
         raise UsageError(f"{what} takes adapters (low-rank factors), got dense tensors")
     lead = shape_of(factors)[:-2]
-    if method.takes == "factors":
+    if method.takes == "factors" or method.basis == "none":
         return method.function(factors, **random, **parameters)
     if lead:  # ranks, and so the sizes of the coordinates, differ within a batch
         streams = zip(*keys, strict=True) if random else [()] * len(unstacked(factors[:1]))
@@ -108,12 +109,14 @@ def run(
     def rule(coordinates: Sequence[Tensor]) -> Any:
         return method.function(coordinates, **random, **parameters)
 
-    return in_core(factors, rule) if space == "core" else in_knots(factors, rule, scale=knots_scale)
+    if space == "core":
+        return in_core(factors, rule, singular=method.basis == "own")
+    return in_knots(factors, rule, scale=knots_scale)
 
 
-def in_core(factors: Sequence[LowRank], rule: Rule) -> LowRank:
-    """The rule's result on the coordinates in Core Space, as factors."""
-    basis = core_basis(factors)
+def in_core(factors: Sequence[LowRank], rule: Rule, *, singular: bool = True) -> LowRank:
+    """The rule's result on the coordinates in Core Space, as factors; ``singular``: as :func:`core_basis`."""
+    basis = core_basis(factors, singular=singular)
     return lifted(as_dense(rule(basis.coordinates)), basis)
 
 
@@ -124,17 +127,23 @@ def lifted(merged: Tensor, basis: CoreBasis) -> LowRank:
     return LowRank(basis.V.mT, basis.U @ merged)
 
 
-def core_basis(factors: Sequence[LowRank]) -> CoreBasis:
+def core_basis(factors: Sequence[LowRank], *, singular: bool = True) -> CoreBasis:
     """The singular bases of the stacked factors, and the coordinates of each delta (m, n) in them.
 
     The bases are those of the unweighted factors, scalings folded into B. Methods that are not equivariant (TIES,
     DARE) depend on this choice. Dependent directions are dropped. Signs are such that the largest element of each
     vector is positive.
+
+    Args:
+        factors: T ``LowRank``.
+        singular: False takes other orthonormal bases of the same spaces where they come cheaper.
     """
     folded = [factor.folded() for factor in factors]
-    U = _column_basis(torch.cat([f.B for f in folded], -1))
-    V = _column_basis(torch.cat([f.A for f in folded], -2).mT)
-    return CoreBasis(U, V, [(U.mT @ f.B) @ (f.A @ V) for f in folded])
+    ranks = [f.A.shape[-2] for f in folded]
+    U, of_B = _column_basis(torch.cat([f.B for f in folded], -1), singular)
+    V, of_A = _column_basis(torch.cat([f.A for f in folded], -2).mT, singular)
+    blocks = zip(of_B.split(ranks, -1), of_A.split(ranks, -1), strict=True)
+    return CoreBasis(U, V, [B @ A.mT for B, A in blocks])
 
 
 def in_knots(factors: Sequence[LowRank], rule: Rule, *, scale: Literal["sigma", "none"] = "sigma") -> LowRank:
@@ -198,13 +207,17 @@ def _orthonormal(columns: Tensor) -> _Orthonormal:
     return _Orthonormal(Q, R, False)
 
 
-def _column_basis(stack: Tensor) -> Tensor:
-    """The left singular vectors (d, K) of the stack (d, R) that are above rounding, by QR and a small SVD."""
+def _column_basis(stack: Tensor, singular: bool) -> tuple[Tensor, Tensor]:
+    """U (d, K), the left singular vectors of the stack (d, R) that are above rounding, by QR and a small SVD, and the
+    coordinates U^T stack (K, R); Q and R of the QR itself where any basis will do and no column depends on others."""
     found = _orthonormal(stack)
+    if found.inverted and not singular:
+        Q = found.times(torch.eye(stack.shape[-1], dtype=torch.float64, device=stack.device))
+        return Q.to(stack.dtype), found.R.to(stack.dtype)
     U, S, _ = torch.linalg.svd(found.R, full_matrices=False)
     kept = (S > S[:1] * (max(stack.shape) * torch.finfo(stack.dtype).eps)) & (S > 0)
-    basis = found.times(U[:, kept])
+    basis, coordinates = found.times(U[:, kept]), U[:, kept].mT @ found.R  # zero where the stack is
     if basis.shape[-1]:
-        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        basis = basis * largest.sign()
-    return basis.to(stack.dtype)
+        sign = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign().to(coordinates.dtype)
+        basis, coordinates = basis * sign, coordinates * sign.mT
+    return basis.to(stack.dtype), coordinates.to(stack.dtype)

@@ -16,6 +16,7 @@ from mergekit_lr.methods.registry import Number, PerModel, method
     spaces=("full", "core", "knots"),
     factored=True,
     elementwise=True,
+    basis="none",
 )
 def task_arithmetic(
     deltas: Sequence[Delta], /, *, weights: PerModel = 1.0, normalize: bool = False, scale: Number = 1.0

@@ -18,7 +18,15 @@ from mergekit_lr.methods.iso_c import mean
 from mergekit_lr.methods.registry import Number, PerModel, method
 
 
-@method("tsv_m", paper="2412.00081", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, factored=True)
+@method(
+    "tsv_m",
+    paper="2412.00081",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    vectors=mean,
+    factored=True,
+    basis="any",
+)
 def tsv_m(
     deltas: Sequence[Delta],
     /,

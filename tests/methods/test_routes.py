@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import given as make
@@ -21,7 +22,7 @@ from torch import Tensor
 import mergekit_lr as lr
 from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.methods.della import probabilities
-from mergekit_lr.methods.spaces import core_basis, knots_basis
+from mergekit_lr.methods.spaces import core_basis, knots_basis, run
 from mergekit_lr.methods.ties import trim_threshold
 
 Place = Callable[[Tensor], Any]
@@ -297,6 +298,19 @@ def test_joint_bases_by_definition(device: str, kind: str, rank: int):
     core = core_basis(adapters)
     for U, stack in ((core.U, torch.cat([f.B for f in adapters], -1)), (core.V, torch.cat([f.A for f in adapters]).mT)):
         close(U @ (U.mT @ stack), stack, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["plain", "duplicate", "zero task"])
+@pytest.mark.parametrize("name", [name for name, rule in lr.methods().items() if rule.basis != "own"])
+def test_any_basis(name: str, kind: str):
+    """Methods that say so give the same in any orthonormal basis of Core Space, and linear ones without any."""
+    adapters = [LowRank(f.A.float(), f.B.float(), f.scaling) for f in make.adapters(7, kind)]
+    rule = lr.methods()[name]
+    own = run(replace(rule, basis="own"), adapters, space="core")
+    found = run(rule, adapters, space="core")
+    assert isinstance(own, LowRank)
+    assert isinstance(found, LowRank)
+    close(found.dense(), own.dense(), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "duplicate", "zero task"])
