@@ -29,6 +29,15 @@ def same(checkpoint: Checkpoint, tensors: tiny.Tensors) -> bool:
 # Opening
 
 
+def test_parts_are_those_of_the_whole(tmp_path):
+    tensors = tiny.decoder(dtype=torch.bfloat16)
+    for checkpoint in (Checkpoint.open(tiny.save(tmp_path / "model", tensors)), Checkpoint.from_tensors(tensors)):
+        for name, tensor in tensors.items():
+            part = checkpoint.parts(name)
+            for start, stop in ((0, 1), (1, tensor.numel() // 2), (tensor.numel() - 1, tensor.numel())):
+                assert torch.equal(part(start, stop), tensor.reshape(-1)[start:stop])
+
+
 def test_every_way_to_open(tmp_path):
     tensors = tiny.decoder()
     single, sharded = tiny.save(tmp_path / "one", tensors), tiny.save(tmp_path / "many", tensors, shards=3)
@@ -84,6 +93,8 @@ def test_unaligned_empty_and_scalar_tensors(tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "w.safetensors")
     assert checkpoint.read("odd").tolist() == [7]
     assert checkpoint.read("w").tolist() == [1.5, -2.0]
+    assert checkpoint.parts("w")(1, 2).tolist() == [-2.0]
+    assert checkpoint.parts("none")(0, 0).tolist() == []
     assert checkpoint.read("none").shape == (0, 3)
     assert checkpoint.read("scalar").item() == 42
     assert checkpoint.metadata == {"who": "me"}
