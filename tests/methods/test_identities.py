@@ -191,8 +191,8 @@ def test_equivariance(seed: int, name: str):
 def test_homogeneity(seed: int, name: str, factor: float):
     inputs, base = models(name, seed, "plain")
     scaled = {key: factor * value for key, value in base.items()}
-    # multislerp and karcher add an absolute number to lengths; iso_cts divides by small singular values.
-    tight = {"multislerp": 1e-6, "karcher": 1e-6, "iso_cts": 1e-11}.get(name, 1e-12)
+    # multislerp and karcher add an absolute number to lengths; iso_cts and tsv_m divide by small singular values.
+    tight = {"multislerp": 1e-6, "karcher": 1e-6, "iso_cts": 1e-11, "tsv_m": 1e-11}.get(name, 1e-12)
     close(merge(name, [factor * x for x in inputs], **scaled), factor * merge(name, inputs, **base), tight)
 
 
