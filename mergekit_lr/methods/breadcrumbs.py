@@ -126,7 +126,7 @@ def breadcrumbs_ties(
         As breadcrumbs. The sum is not averaged by default: weights that sum to 1 keep its size.
 
     Cost:
-        O(T m n); two selections for each delta, one delta in memory at a time.
+        O(T m n); two selections for each delta. Large matrices are merged block by block.
 
     Example:
         {density: 0.9, gamma: 0.01, weight: 0.5}

@@ -1,6 +1,6 @@
 """TIES (arXiv 2306.01708): trim each delta to its largest elements, elect a sign, average what agrees.
 
-The threshold is found by selection and the sums run in accumulators: cost O(T m n), one delta in memory at a time.
+The threshold is found by selection, in one read with a sample. Cost O(T m n); large matrices go block by block.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def ties(
         Two similar models are merged: averaging only what agrees makes the result larger than their average.
 
     Cost:
-        O(T m n); the threshold is found by selection, one delta in memory at a time.
+        O(T m n); the threshold is found by selection. Large matrices are merged block by block.
 
     Example:
         {density: 0.5}
