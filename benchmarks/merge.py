@@ -19,8 +19,8 @@ files: Llama-shaped models, bfloat16, sharded, are made on the fly (merge_files.
 
 spectral: in one process, runs alternate, medians of CPU seconds; memory, what a call adds at its peak, is sampled in a
     run of its own. The dense route is the authors' (dense_routes.py) in float32, on the same deltas of full rank; KnOTS
-    and Core Space merge adapters. Errors are against the same formula in float64, on the directions that float32 tells
-    from rounding.
+    and Core Space merge adapters by TIES. Errors are against the same formula in float64, on the directions that
+    float32 tells from rounding; with --no-exact ours is the distance to the dense route. --repeat 0 times one run.
 
 adapters: adapters of a 7B-shaped model, module by module. The dense way multiplies the deltas out: formula and dense
     SVD for Iso-C, TSV and KnOTS, for the others the merged delta and one SVD back to factors. It is measured on one

@@ -46,24 +46,26 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def peak(run: Callable[[], Any]) -> tuple[Any, int]:
-    """The result of a call and the memory it added, sampled every 5 ms; too slow to be timed as well."""
+def peak(run: Callable[[], Any], every: float = 0.005) -> tuple[Any, Cost]:
+    """The result of a call, its time, and the memory it added, sampled so often; the time counts that too."""
     ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would be used again unseen
     before, most, done = _anonymous(), 0, threading.Event()
 
     def sample() -> None:
         nonlocal most
-        while not done.wait(0.005):
+        while not done.wait(every):
             most = max(most, _anonymous())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
+    start = time.process_time()
     try:
         result = run()
     finally:
+        taken = time.process_time() - start
         done.set()
         sampler.join()
-    return result, max(most - before, 0)
+    return result, Cost(taken, max(most - before, 0))
 
 
 def _anonymous() -> int:
@@ -127,7 +129,7 @@ def cases(hidden: int, tasks: int, spectrum: str, rank: int) -> dict[str, Case]:
 
     def core(dtype: torch.dtype) -> Tensor:
         folded = [factor.to(dtype).folded() for factor in factors]
-        return dense_routes.core_space([f.B for f in folded], [f.A for f in folded], dense_routes.total)
+        return dense_routes.core_space([f.B for f in folded], [f.A for f in folded], dense_routes.ties)
 
     def sum_of_deltas() -> Tensor:
         return dense_routes.total(deltas)
@@ -144,31 +146,38 @@ def cases(hidden: int, tasks: int, spectrum: str, rank: int) -> dict[str, Case]:
             lambda dtype: dense_routes.knots(of_factors(dtype), dense_routes.ties),
             sum_of_factors,
         ),
-        "core_space": Case(merged("task_arithmetic", factors, space="core"), core, sum_of_factors),
+        "core_space": Case(merged("ties", factors, space="core", density=0.2), core, sum_of_factors),
     }
 
 
 def spectral(hidden: int, args: Any) -> list[dict]:
-    """A row per method and spectrum: medians of alternating runs, and errors against the formula in float64."""
+    """A row per method and spectrum: medians of alternating runs, and errors against the formula in float64.
+
+    With no repeats there is one run, timed while its memory is sampled; without the formula in float64, which takes
+    twice as long, the error of the dense route is not known, and ours is the distance to it.
+    """
     rows = []
     for spectrum in args.spectra:
         for name, case in cases(hidden, args.tasks, spectrum, args.rank).items():
             if name not in args.methods or (name in ("knots", "core_space") and spectrum != args.spectra[0]):
                 continue
             runs = {"ours": case.ours, "dense": lambda case=case: case.dense(torch.float32)}
-            held = {route: peak(run) for route, run in runs.items()}
-            times: dict[str, list[float]] = {route: [] for route in runs}
+            held = {route: peak(run, 0.005 if args.repeat else 0.05) for route, run in runs.items()}
+            times = {route: [] if args.repeat else [cost.seconds] for route, (_, cost) in held.items()}
             for _ in range(args.repeat):
                 for route, run in runs.items():
                     times[route].append(seconds(run))
             row: dict = {"hidden": hidden, "tasks": args.tasks, "method": name}
             row["input"] = f"rank {args.rank}" if name in ("knots", "core_space") else spectrum
             for route, taken in times.items():
-                row[route] = Cost(statistics.median(taken), held[route][1])._asdict()
+                row[route] = held[route][1]._replace(seconds=statistics.median(taken))._asdict()
             if args.exact:
                 exact = case.dense(torch.float64)
                 for route, (result, _) in held.items():
                     row[route]["error"] = error(as_dense(result), exact, case.summed())
+            else:
+                ours, dense = (as_dense(held[route][0]) for route in runs)
+                row["ours"]["error"] = float((ours - dense).norm() / dense.norm())
             rows.append(row)
             show_spectral(row)
     return rows
@@ -188,7 +197,7 @@ def error(found: Tensor, exact: Tensor, summed: Tensor) -> float:
 def show_spectral(row: dict) -> None:
     """One line of the table."""
     one, other = row["ours"], row["dense"]
-    errors = f"{one['error']:11.1e} {other['error']:11.1e}" if "error" in one else ""
+    errors = f"{one['error']:11.1e}" + (f" {other['error']:11.1e}" if "error" in other else "")
     print(
         f"{row['hidden']:6} {row['method']:>10} {row['input']:>9} {one['seconds']:9.3f} {other['seconds']:9.3f} "
         f"{other['seconds'] / one['seconds']:7.2f}x {one['memory'] / 1e6:9.0f} {other['memory'] / 1e6:9.0f} {errors}",
@@ -238,7 +247,7 @@ def whole_adapters(args: Any) -> list[dict]:
                 factors = adapters(m, n, args.tasks, args.rank, seed=number)
                 merge = partial(lr.merge_tensors, name, factors, **options)
                 if number == 0:
-                    row["memory"] = max(row["memory"], peak(merge)[1])
+                    row["memory"] = max(row["memory"], peak(merge)[1].memory)
                 row["ours"] += seconds(merge)
             row["modules"] += count * args.layers
             if label == "lora_lego":

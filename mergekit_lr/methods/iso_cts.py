@@ -17,6 +17,8 @@ from mergekit_lr.methods.iso_c import mean
 from mergekit_lr.methods.registry import Number, PerModel, method
 from mergekit_lr.methods.tsv_m import whitened
 
+_TOLERANCE = 1e-5  # of a truncation's error: whitening makes much of small differences (1e-3 here is 0.1 there)
+
 
 @method("iso_cts", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, basis="any")
 def iso_cts(
@@ -64,13 +66,13 @@ def iso_cts(
     p, count = min(deltas[0].shape[-2:]), len(deltas)
     own = min(round((p - int(p * common_fraction)) / count), p // count)
     common = p - own * count
-    total = triplets(combine(weights, deltas), common)
+    total = triplets(combine(weights, deltas), common, tolerance=_TOLERANCE)
     blocks = [total]
     for weight, delta in zip(weights, deltas, strict=True):
         rest = scaled(widened(delta), weight)
         assert isinstance(rest, Tensor)
         rest = rest - total.U @ (total.U.mT @ rest)
-        blocks.append(triplets(rest, own))
+        blocks.append(triplets(rest, own, tolerance=_TOLERANCE))
     U = torch.cat([block.U for block in blocks], -1)
     S = torch.cat([block.S for block in blocks], -1)
     V = torch.cat([block.Vh for block in blocks], -2).mT
