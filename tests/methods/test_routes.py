@@ -24,6 +24,7 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.methods.della import probabilities
 from mergekit_lr.methods.spaces import core_basis, knots_basis, run
 from mergekit_lr.methods.ties import trim_threshold
+from mergekit_lr.methods.tsv_m import whitened
 
 Place = Callable[[Tensor], Any]
 
@@ -298,6 +299,21 @@ def test_joint_bases_by_definition(device: str, kind: str, rank: int):
     core = core_basis(adapters)
     for U, stack in ((core.U, torch.cat([f.B for f in adapters], -1)), (core.V, torch.cat([f.A for f in adapters]).mT)):
         close(U @ (U.mT @ stack), stack, 1e-10)
+
+
+@pytest.mark.parametrize("angle", [1e-7, 4e-5, 1e-3])
+def test_whitening_of_blocks_that_nearly_meet(angle: float):
+    """A direction that two blocks share but for a small angle is two; one that they share but for rounding is one."""
+    n, k = 600, 40
+    Q = torch.linalg.qr(numbers(n, 2 * k)).Q
+    first, second = Q[:, :k], Q[:, k:].clone()
+    second[:, 0] = math.cos(angle) * first[:, 0] + math.sin(angle) * second[:, 0]
+    X = torch.cat([first, second], 1)
+    P = whitened(X.float()).double()
+    rank = 2 * k - (angle < 1e-6)
+    assert abs(float(P.square().sum()) - rank) < 1e-3
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    close(P, U[:, :rank] @ Vh[:rank], 0.02 if angle < 1e-4 else 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "duplicate", "zero task"])
