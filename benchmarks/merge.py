@@ -10,7 +10,10 @@ files: Llama-shaped models, bfloat16, sharded, are made on the fly (merge_files.
         lrmerge    lrmerge merge RECIPE OUT
         mergekit   mergekit-yaml RECIPE OUT with the same recipe, left out with --no-peers
         floor      read every input file, write as many bytes as the result has
-        copy       copy every input file
+        copy       copy every input file (by sendfile, as fast as cp)
+
+    All that is written is on the disk in the end (fsync). The inputs are in memory if they fit there; with --cold,
+    which root alone may do, nothing is at the beginning of a run.
 
     CPU is user + system time. Memory is the peak of the process's anonymous memory (RssAnon). Error is the Frobenius
     distance from the float64 formula, relative to it, on sampled tensors; "rounding" is what bfloat16 alone costs.
@@ -61,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shard-size", type=parse_size, default=200 * 10**6, help="of the inputs [200MB]")
     one.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     one.add_argument("--mergekit", default="mergekit-yaml", help="the program of its environment")
+    one.add_argument("--cold", action="store_true", help="forget what files hold before each run (Linux, root)")
     one.add_argument("--workdir", type=Path, help="where models are made and kept (default: a temporary folder)")
     one.set_defaults(run=files)
 

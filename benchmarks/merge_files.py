@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -29,18 +30,25 @@ T = 0.4  # of slerp
 SAMPLED = 4  # tensors whose error is measured
 INNER = 11 / 4  # of the MLP's width, over the hidden width
 
-FLOOR = """
-import sys
+COPY = """
+import os, sys
 from pathlib import Path
 *models, out, whole = sys.argv[1:]
 out = Path(out)
 out.mkdir()
+buffer = bytearray(1 << 18)
 for number, model in enumerate(models):
     for file in sorted(Path(model).glob("*.safetensors")):
-        target = out / f"{number}-{file.name}" if whole == "all" or number == 0 else None
-        with file.open("rb") as source, (target or Path("/dev/null")).open("wb") as written:
-            while block := source.read(1 << 24):
-                written.write(block)
+        with file.open("rb", buffering=0) as source:
+            if whole != "all" and number:
+                while source.readinto(buffer):
+                    pass
+                continue
+            with (out / f"{number}-{file.name}").open("wb") as target:
+                at, size = 0, file.stat().st_size
+                while at < size:
+                    at += os.sendfile(target.fileno(), source.fileno(), at, 1 << 24)
+                os.fsync(target.fileno())
 """
 
 
@@ -202,11 +210,14 @@ def compare(method: str, models: Models, folder: Path, args: argparse.Namespace)
         peer = [args.mergekit, str(written), str(out["mergekit"]), "--no-copy-tokenizer", "--quiet"]
         commands["mergekit"] = [*peer, "-j", str(args.threads)]
     for name, kind in ("floor", "one"), ("copy", "all"):
-        commands[name] = [sys.executable, "-c", FLOOR, *map(str, used), str(out[name]), kind]
+        commands[name] = [sys.executable, "-c", COPY, *map(str, used), str(out[name]), kind]
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(args.repeat):
         for name, command in commands.items():
             shutil.rmtree(out[name], ignore_errors=True)
+            if args.cold:
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("3")
             runs[name].append(measure(command, args.threads, folder / f"{name}.log"))
     row: dict = {"method": method, "threads": args.threads}
     for name, taken in runs.items():
