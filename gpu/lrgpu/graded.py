@@ -2,7 +2,7 @@
 
 M^T M = V w V^T makes the columns of X = M V orthogonal, but a float32 Gram keeps those that are short against the
 longest only roughly apart. They get an eigenproblem of their own, the shortest of them one again: each resolves what
-is within 0.02 of its longest column. Then X^T X = D (I + E) D with the lengths D and a small E. Cost for (m, n): 1.6
+is within 0.03 of its longest column. Then X^T X = D (I + E) D with the lengths D and a small E. Cost for (m, n): 1.6
 products of M's size, an eigenproblem of n, and the same for the k short columns of each level.
 """
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from lrgpu import backend
 from lrgpu.backend import Array
-from lrgpu.eigen import leading
+from lrgpu.eigen import every, leading
 
-_RESOLVED = 0.02  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
+_RESOLVED = 0.03  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
 _CLEAR = 0.01  # the same for the leading ones, which need not be told from all the others
 _BLOCKS = 8  # of columns: the lower triangle of a Gram by blocks takes 9/16 of its products
 _ROWS = 128  # whose squares are summed before they are added to those of others
@@ -35,7 +35,7 @@ def orthogonal_columns(M: Array, floor: float) -> Columns:
     """
     library = backend.of(M)
     xp = library.xp
-    _, V = xp.linalg.eigh(lower_gram(M))
+    V = every(lower_gram(M)).vectors
     X = M @ V
     d = lengths(X)
     rounding = floor * float(d.max())
@@ -44,7 +44,7 @@ def orthogonal_columns(M: Array, floor: float) -> Columns:
         before, short = short, int((d[:short] < _RESOLVED * float(d[:short].max())).sum())
         if float(xp.linalg.norm(d[:short])) <= rounding:
             break
-        _, turn = xp.linalg.eigh(lower_gram(X[:, :short]))
+        turn = every(lower_gram(X[:, :short])).vectors
         X[:, :short], V[:, :short] = X[:, :short] @ turn, V[:, :short] @ turn
         d[:short] = lengths(X[:, :short])
     return Columns(X, V, d)

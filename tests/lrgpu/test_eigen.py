@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from lrgpu import eigen
-from lrgpu.eigen import leading
+from lrgpu.eigen import every, leading
 from torch import Tensor
 
 
@@ -25,10 +26,11 @@ def gram(kind: str, n: int = 200) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["normal", "falling", "low rank", "repeated", "one value", "zero"])
-@pytest.mark.parametrize("count", [1, 30, 150, 200])
-def test_leading(kind: str, count: int):
+@pytest.mark.parametrize("count", [1, 30, 150, 200, "every"])
+def test_by_definition(kind: str, count: int | str):
     G = gram(kind)
-    found = leading(G.tril(), count)
+    found = leading(G.tril(), count) if isinstance(count, int) else every(G.tril())
+    count = found.values.shape[0]
     size = float(G.norm()) or 1.0
     torch.testing.assert_close(found.values / size, torch.linalg.eigvalsh(G.double())[-count:].float() / size)
     torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(count), rtol=0, atol=2e-5)
@@ -44,10 +46,11 @@ def test_the_matrix_stays():
 def test_all_eigenvectors_where_some_do_not_converge(monkeypatch: pytest.MonkeyPatch):
     G = gram("falling")
     some = leading(G, 9)
-    monkeypatch.setattr(eigen, "_some", lambda *_: None)
-    every = leading(G, 9)
-    torch.testing.assert_close(some.values, every.values)
-    torch.testing.assert_close((some.vectors.T @ every.vectors).abs(), torch.eye(9), rtol=0, atol=1e-3)
+    whole = every(G)
+    monkeypatch.setattr(eigen, "_solved", lambda *_, **__: False)
+    for values, vectors in (leading(G, 9), (whole.values[-9:], whole.vectors[:, -9:])):
+        torch.testing.assert_close(some.values, values)
+        torch.testing.assert_close((some.vectors.T @ vectors).abs(), torch.eye(9), rtol=0, atol=1e-3)
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch):
@@ -56,12 +59,16 @@ def test_threads(monkeypatch: pytest.MonkeyPatch):
     alone = [leading(G, 20) for G in grams]
     before, torch_before = eigen._threads.count(), torch.get_num_threads()
     seen = []
-    routine = eigen._ssyevr()
-    monkeypatch.setattr(
-        eigen,
-        "_ssyevr",
-        lambda: lambda *given: (seen.append((eigen._threads.calls, eigen._threads.count())), routine(*given)),
-    )
+    routine = eigen._routine
+
+    def watched(name: str, arguments: int) -> Any:
+        def call(*given: Any) -> None:
+            seen.append((eigen._threads.calls, eigen._threads.count()))
+            routine(name, arguments)(*given)
+
+        return call
+
+    monkeypatch.setattr(eigen, "_routine", watched)
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(4) as pool:
