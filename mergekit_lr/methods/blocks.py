@@ -21,9 +21,15 @@ from mergekit_lr.methods.delta import gram, widened
 from mergekit_lr.methods.registry import Method
 
 STEP = 1 << 17  # elements: the float32 blocks of some models and what is formed of them stay in the cache
+_DEVICE_STEP = 1 << 24  # enough to fill a GPU
 _PIECE = 1 << 10  # elements of a sample that are neighbours
 _PIECES = 32  # at least
 _SAMPLED = 1 << 17  # elements of which one piece is sampled
+
+
+def step_on(device: torch.device) -> int:
+    """Elements of a block that is merged on this device."""
+    return STEP if device.type == "cpu" else _DEVICE_STEP
 
 
 class Block(NamedTuple):

@@ -73,6 +73,7 @@ def rests(
     spaces=("full", "core", "knots"),
     elementwise=True,
     measure=rests,
+    keeps=_HELD,
 )
 def dare_linear(
     deltas: Sequence[Tensor],
@@ -131,6 +132,7 @@ def dare_linear(
     spaces=("full", "core", "knots"),
     elementwise=True,
     measure=rests,
+    keeps=_HELD,
 )
 def dare_ties(
     deltas: Sequence[Tensor],

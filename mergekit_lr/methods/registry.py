@@ -73,7 +73,8 @@ class Method:
     None for the same. factored: given ``LowRank`` deltas it returns ``LowRank`` without a dense matrix. random:
     it needs stream keys. elementwise: whether, with these arguments, an element of the result depends on the same
     element of the inputs alone, on its place (``start``), and on what ``measure`` finds in a pass over all blocks
-    (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). basis: what the result
+    (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). keeps: the most bytes
+    that the pass keeps of a tensor. basis: what the result
     in a space depends on: its "own" basis, "any" orthonormal one alike, or "none" (linear rules). base: "required",
     "optional" or "none" for a method on weights. models: least and most inputs. inner: its further parameters are
     those of another method.
@@ -92,6 +93,7 @@ class Method:
     placed: bool
     elementwise: Callable[[Mapping[str, Any]], bool]
     measure: Callable[..., Any] | None
+    keeps: int
     basis: str
     base: str
     models: tuple[int, int | None]
@@ -115,6 +117,7 @@ def method(
     factored: bool = False,
     elementwise: Callable[[Mapping[str, Any]], bool] | bool = False,
     measure: Callable[..., Any] | None = None,
+    keeps: int = 0,
     basis: Literal["own", "any", "none"] = "own",
     models: tuple[int, int | None] = (1, None),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -148,6 +151,7 @@ def method(
             placed="start" in signature.parameters,
             elementwise=elementwise if callable(elementwise) else _always if elementwise else _never,
             measure=measure,
+            keeps=keeps,
             basis=basis,
             base="none" if base is None else "required" if base.default is base.empty else "optional",
             models=models,

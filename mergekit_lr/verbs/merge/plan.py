@@ -18,7 +18,7 @@ from mergekit_lr.errors import UsageError
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.resources import Resources, parse_size, resources
 from mergekit_lr.graph.schedule import Schedule, schedule
-from mergekit_lr.methods.blocks import STEP
+from mergekit_lr.methods.blocks import STEP, step_on
 from mergekit_lr.recipe.reading import Module, Recipe
 from mergekit_lr.verbs.apply.plan import DTYPES
 from mergekit_lr.verbs.compare import CompareReport
@@ -148,7 +148,7 @@ def plan_models(
         states={job.name: _state(recipe, job, outputs[job.name]) for job in jobs},
         rules={job.name: rule_of(recipe, job) for job in jobs},
         schedule=schedule(
-            [_node(recipe, job, outputs[job.name]) for job in jobs],
+            [_node(recipe, job, outputs[job.name], available) for job in jobs],
             budget=available.working,
             workers=available.workers,
         ),
@@ -272,7 +272,7 @@ def _state(recipe: Recipe, job: Job, header: Header) -> str:
     return "copied" if origin_of(recipe, job).header[0] is header[0] else "converted"
 
 
-def _node(recipe: Recipe, job: Job, header: Header) -> Node:
+def _node(recipe: Recipe, job: Job, header: Header, available: Resources) -> Node:
     shape = header[1]
     entries = math.prod(shape)
     copied = is_copy(recipe, job)
@@ -280,14 +280,15 @@ def _node(recipe: Recipe, job: Job, header: Header) -> Node:
     opened = used if job.alignment is None else job.alignment.inputs
     read = sum(item.source.nbytes(item.name) for item in opened)
     blocked = in_blocks(recipe, job)
-    held = min(entries, STEP) if blocked else entries
-    # Every input as it is read and widened, the base, the result, what is written, and the temporaries of a method.
-    widened = 4 * held * (1 if copied else len(used) + 6)
+    held = min(entries, step_on(available.device)) if blocked else entries
+    # Every input as it is read, widened, and made sparse; the result, what is written, and a method's temporaries.
+    widened = 4 * held * (1 if copied else 2 * len(used) + 6)
+    kept = min(entries * len(used) // 8, recipe.method.keeps) if blocked and not copied else 0
     if job.alignment is None:
         opening = read * held // max(entries, 1)
     else:  # rows are found all over the mapped tables
         opening = read + job.alignment.nbytes(len(used)) * held // max(entries, 1)
-    working = opening + widened + header[0].itemsize * held
+    working = opening + widened + kept + header[0].itemsize * held
     cost = Cost(max(read, 1), working, 8.0 * entries * len(used))
     key = json.dumps(job.arguments, sort_keys=True, default=str)
     dtypes = tuple(item.header[0] for item in used)

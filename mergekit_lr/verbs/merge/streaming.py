@@ -13,13 +13,11 @@ import torch
 
 from mergekit_lr.checkpoint.shards import Output
 from mergekit_lr.errors import FormatError, LrmergeError
-from mergekit_lr.methods.blocks import STEP, Blocks, Read, merge_blocks
+from mergekit_lr.methods.blocks import STEP, Blocks, Read, merge_blocks, step_on
 from mergekit_lr.verbs.apply.change import squared
 from mergekit_lr.verbs.merge.layers import Job
 from mergekit_lr.verbs.merge.plan import MergePlan, is_copy, origin_of, used_by
 from mergekit_lr.verbs.merge.sources import Input
-
-DEVICE_STEP = 1 << 24  # elements: enough to fill a GPU
 
 
 def copy_blocks(plan: MergePlan, job: Job, output: Output) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def _matrices(plan: MergePlan, job: Job) -> Iterator[tuple[int, Blocks, str]]:
             models=[reader(item) for item in job.inputs],
             base=reader(job.base) if job.base is not None else None,
             deltas=plan.recipe.method.takes == "deltas",
-            step=STEP if device.type == "cpu" else DEVICE_STEP,
+            step=step_on(device),
         )
         yield at, blocks, job.name if size == whole else f"{job.name}[{i}]"
 
