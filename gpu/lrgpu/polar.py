@@ -29,7 +29,7 @@ from lrgpu.graded import lower_gram, orthogonal_columns
 
 _LEAST = 1e-4  # of the bound on sigma_1: what the iteration can lift to 1 in float32
 _ITERATED = 256  # the shorter side from which on the iteration, and the graded route, are worth it
-_FIRST_ORDER = 0.1  # ||E|| from which on its square is no longer small
+_SECOND_ORDER = 1e-4  # of ||P||: how much of it the first order may leave out
 _ROWS = 128  # of a tile that stays in the cache
 _TOGETHER = 1 << 20  # elements of a batch: larger ones fill a device each on its own
 
@@ -140,7 +140,8 @@ def _inverse_root(gram: Array, d: Array, counts: Array) -> Array | None:
         tile /= -(d[rows, None] + d[others])
         diagonal[rows] += inverse[rows]
         gram[before, rows] = tile[:, before].swapaxes(-1, -2)
-    return gram if squares < _FIRST_ORDER**2 else None
+    left_out = 0.375 * squares  # the next term of (I + E)^(-1/2) is 3/8 E^2
+    return gram if left_out <= _SECOND_ORDER * math.sqrt(int(counts.sum())) else None
 
 
 def iterate(M: Array) -> Array | None:

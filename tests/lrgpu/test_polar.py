@@ -79,7 +79,7 @@ def test_floor():
 
 
 def test_another_route_where_the_first_order_is_not_enough(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(polar_module, "_FIRST_ORDER", 0.0)
+    monkeypatch.setattr(polar_module, "_SECOND_ORDER", 0.0)
     M = given("i^-1")
     assert graded(M, SIDE * EPS)[0] is None
     P, _, rank = exact(M)
