@@ -7,8 +7,9 @@ there is signal.
 
 Routes, (..., m, n) each, n the shorter side:
 Graded: float32 on a CPU, from n = 256 on. Eigenproblems in float32, corrected to first order: see :func:`graded`.
-    Three quarters of the time of a float32 SVD where singular values fall slowly (1024^2, one AVX2 core: 317, 431 ms)
-    and as much where most are below 0.02 sigma_1. Errors of P are alike: 1e-6 to 1e-4 as the condition grows.
+    Less than two thirds of the time of a float32 SVD where singular values fall slowly (one AVX2 core: 335 of 518 ms
+    at 1024^2, 21 of 36 s at 4096^2) and nearly as much where most are below 0.03 sigma_1. Errors of P are alike:
+    1e-6 to 1e-4 as the condition grows.
 Gram: M^T M = V w V^T in float64 and P = M V w^(-1/2) V^T, in two thirds of the time of a float64 SVD.
 SVD: where squaring the condition number has lost a direction that counts (float64 input, mostly).
 Iteration, on a GPU: cubic Newton-Schulz steps with the scaling that is optimal for the interval in which the singular
