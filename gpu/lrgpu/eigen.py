@@ -79,7 +79,7 @@ def _passed(value: Any) -> Any:
         return value.data_ptr()
     if isinstance(value, bytes):
         return value
-    return ctypes.byref((ctypes.c_float if isinstance(value, float) else ctypes.c_int)(value))
+    return ctypes.byref(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value))
 
 
 @cache

@@ -15,6 +15,7 @@ from lrgpu.backend import Array
 from lrgpu.eigen import every, leading
 
 _RESOLVED = 0.03  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
+_FAR = 5e-4  # of the longest column: shorter ones are made orthogonal to the others once more
 _CLEAR = 0.01  # the same for the leading ones, which need not be told from all the others
 _BLOCKS = 8  # of columns: the lower triangle of a Gram by blocks takes 9/16 of its products
 _ROWS = 128  # whose squares are summed before they are added to those of others
@@ -47,6 +48,13 @@ def orthogonal_columns(M: Array, floor: float) -> Columns:
         turn = every(lower_gram(X[:, :short])).vectors
         X[:, :short], V[:, :short] = X[:, :short] @ turn, V[:, :short] @ turn
         d[:short] = lengths(X[:, :short])
+    far = d < _FAR * float(d.max())
+    if bool(far.any()):  # what float32 left of long columns in a vector is much beside a short one
+        near = ~far
+        turn = (X[:, near].swapaxes(-1, -2) @ X[:, far]) / d[near, None] ** 2
+        X[:, far] -= X[:, near] @ turn
+        V[:, far], V[:, near] = V[:, far] - V[:, near] @ turn, V[:, near] + V[:, far] @ turn.swapaxes(-1, -2)
+        d[far] = lengths(X[:, far])
     return Columns(X, V, d)
 
 
