@@ -381,15 +381,19 @@ def finished(journal: Path) -> int:
     return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.exists() else 0
 
 
-SLOWLY = """
+# Waits, after so many nodes, to be cut off.
+WAITING = """
 import sys, time
 from mergekit_lr.graph.journal import Journal
-add = Journal.add
-def slowly(*arguments):
+add, left = Journal.add, int(sys.argv[1])
+def waiting(*arguments):
+    global left
     add(*arguments)
-    time.sleep(0.1)
-Journal.add = slowly
-sys.argv = ["lrmerge", *sys.argv[1:]]
+    left -= 1
+    if left <= 0:
+        time.sleep(60)
+Journal.add = waiting
+sys.argv = ["lrmerge", *sys.argv[2:]]
 from lrmerge.app import main
 main()
 """
@@ -397,7 +401,7 @@ main()
 
 def cut_off(sides, out: Path, options: list[str], nodes: int, how: signal.Signals) -> subprocess.CompletedProcess:
     """Start an extraction and end it by ``how`` once ``nodes`` nodes are finished."""
-    command = [sys.executable, "-c", SLOWLY, "extract", *map(str, sides), "-o", str(out), *options]
+    command = [sys.executable, "-c", WAITING, str(nodes), "extract", *map(str, sides), "-o", str(out), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while running.poll() is None and finished(out.with_name(out.name + ".partial") / "journal.jsonl") < nodes:
