@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _spectral(args: argparse.Namespace) -> list[dict]:
-    print(f"{args.tasks} tasks, {args.threads} thread(s); CPU seconds, MB, error against float64")
+    print(f"{args.tasks} tasks, {args.threads} thread(s); CPU seconds, MB, ", end="")
+    print("error against float64" if args.exact else "distance to the dense route")
     print(f"{'hidden':>6} {'method':>10} {'input':>9} {'lrmerge s':>9} {'dense s':>9} {'ratio':>8}", end="")
     print(f" {'MB':>9} {'dense MB':>9} {'error':>11} {'dense error':>11}")
     return [row for hidden in args.sizes for row in spectral(hidden, args)]

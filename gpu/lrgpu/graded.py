@@ -15,8 +15,8 @@ from lrgpu.backend import Array
 from lrgpu.eigen import every, leading
 
 _RESOLVED = 0.03  # of the longest column: what an eigenproblem of a Gram in float32 tells from the others
-_FAR = 5e-4  # of the longest column: shorter ones are made orthogonal to the others once more
 _CLEAR = 0.01  # the same for the leading ones, which need not be told from all the others
+_FAR = 5e-4  # of the longest column: shorter ones are made orthogonal to the others once more
 _BLOCKS = 8  # of columns: the lower triangle of a Gram by blocks takes 9/16 of its products
 _ROWS = 128  # whose squares are summed before they are added to those of others
 
@@ -32,7 +32,7 @@ class Columns(NamedTuple):
 def orthogonal_columns(M: Array, floor: float) -> Columns:
     """The columns of a float32 matrix (m, n), m >= n, whose squares neither vanish nor overflow.
 
-    Columns that are together no longer than ``floor`` times the longest are left as they are.
+    Columns that are together no longer than ``floor`` times the longest get no eigenproblem of their own.
     """
     library = backend.of(M)
     xp = library.xp

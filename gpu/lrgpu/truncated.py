@@ -72,7 +72,7 @@ def truncated_svd(
         matrix: (..., m, n), float32 or float64. Only read.
         rank: k; more than min(m, n) is taken as min(m, n).
         tolerance: the share by which ||D - U S Vh|| may exceed its least possible value (or 1e-6 ||D||, if
-            that is more).
+            that is more). Below 1e-4 it is not told from 1e-4 where a float32 Gram is taken; see ``excess``.
         squared_norm: ||D||^2 if it is known (a number, or an array of the leading shape), else summed here.
         seeds: for the sketch; one for all matrices of the batch, or one for each. A matrix gives the same
             result alone and in a batch, up to rounding.

@@ -74,8 +74,8 @@ class Method:
     it needs stream keys. elementwise: whether, with these arguments, an element of the result depends on the same
     element of the inputs alone, on its place (``start``), and on what ``measure`` finds in a pass over all blocks
     (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). keeps: the most bytes
-    that the pass keeps of a tensor. basis: what the result
-    in a space depends on: its "own" basis, "any" orthonormal one alike, or "none" (linear rules). base: "required",
+    that the pass keeps of a tensor. basis: what the result in a space depends on: its "own" basis, "any" orthonormal
+    one alike, or "none" (linear rules). base: "required",
     "optional" or "none" for a method on weights. models: least and most inputs. inner: its further parameters are
     those of another method.
     """
