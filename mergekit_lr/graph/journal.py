@@ -115,6 +115,16 @@ class Journal:
         return len(self.figures)
 
 
+class Unused(Journal):
+    """Keeps nothing: for stages whose results are of no use, or lie elsewhere."""
+
+    def __init__(self):
+        self.figures = {}
+
+    def add(self, name: str, tensors: Mapping[str, Tensor], figures: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def fingerprint(*parts: Any) -> str:
     """A digest of everything that a result depends on: options, inputs by name, size and time of change."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -28,7 +28,14 @@ def whole(deltas: Sequence[Delta], /, *, weights: PerModel, centered: bool = Fal
 
 
 @method(
-    "adarank", paper="2503.22178", takes="deltas", spaces=("full", "core"), vectors=whole, factored=True, basis="any"
+    "adarank",
+    paper="2503.22178",
+    takes="deltas",
+    spaces=("full", "core"),
+    vectors=whole,
+    factored=True,
+    basis="any",
+    spectral=True,
 )
 def adarank(
     deltas: Sequence[Delta],

@@ -34,6 +34,7 @@ def mean(deltas: Sequence[Delta], /, *, weights: PerModel = None, scale: Number 
     vectors=mean,
     factored=True,
     basis="any",
+    spectral=True,
 )
 def iso_c(
     deltas: Sequence[Delta],

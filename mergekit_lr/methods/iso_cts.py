@@ -20,7 +20,15 @@ from mergekit_lr.methods.tsv_m import whitened
 _TOLERANCE = 1e-5  # of a truncation's error: whitening makes much of small differences (1e-3 here is 0.1 there)
 
 
-@method("iso_cts", paper="2502.04959", takes="deltas", spaces=("full", "core", "knots"), vectors=mean, basis="any")
+@method(
+    "iso_cts",
+    paper="2502.04959",
+    takes="deltas",
+    spaces=("full", "core", "knots"),
+    vectors=mean,
+    basis="any",
+    spectral=True,
+)
 def iso_cts(
     deltas: Sequence[Tensor],
     /,

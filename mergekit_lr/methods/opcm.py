@@ -106,7 +106,7 @@ def running_sum(deltas: Sequence[Delta], /, **_: Any) -> Delta:
     return _merged(deltas, alpha=0.5, matrices=())
 
 
-@method("opcm", paper="2501.09522", takes="deltas", vectors=running_sum, factored=True)
+@method("opcm", paper="2501.09522", takes="deltas", vectors=running_sum, factored=True, spectral=True)
 def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
     """Merges one model after the other, each without its part along those before. Vectors are added whole.
 

@@ -75,9 +75,9 @@ class Method:
     element of the inputs alone, on its place (``start``), and on what ``measure`` finds in a pass over all blocks
     (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). keeps: the most bytes
     that the pass keeps of a tensor. basis: what the result in a space depends on: its "own" basis, "any" orthonormal
-    one alike, or "none" (linear rules). base: "required",
-    "optional" or "none" for a method on weights. models: least and most inputs. inner: its further parameters are
-    those of another method.
+    one alike, or "none" (linear rules). spectral: its work on matrices (m, n) is SVDs or products of such, m n
+    min(m, n), and not m n: what a plan's estimate of time goes by. base: "required", "optional" or "none" for a
+    method on weights. models: least and most inputs. inner: its further parameters are those of another method.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Method:
     measure: Callable[..., Any] | None
     keeps: int
     basis: str
+    spectral: bool
     base: str
     models: tuple[int, int | None]
     inner: bool
@@ -119,6 +120,7 @@ def method(
     measure: Callable[..., Any] | None = None,
     keeps: int = 0,
     basis: Literal["own", "any", "none"] = "own",
+    spectral: bool = False,
     models: tuple[int, int | None] = (1, None),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the method ``name``; the arguments are the fields of :class:`Method`."""
@@ -153,6 +155,7 @@ def method(
             measure=measure,
             keeps=keeps,
             basis=basis,
+            spectral=spectral,
             base="none" if base is None else "required" if base.default is base.empty else "optional",
             models=models,
             inner=inner,

@@ -26,6 +26,7 @@ from mergekit_lr.methods.registry import Number, PerModel, method
     vectors=mean,
     factored=True,
     basis="any",
+    spectral=True,
 )
 def tsv_m(
     deltas: Sequence[Delta],
