@@ -106,7 +106,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
 
     def _read(self, parts: list[str]) -> None:
         if parts[0] == "blob":  # where a redirect leads: the name of a file's digest, then its own name
-            return self._range(self._blob(parts[1]))
+            return self._range("/".join(parts), self._blob(parts[1]))
         if parts[:2] == ["api", "whoami-v2"]:
             if not self.logged_in:
                 return self._refuse(401, "", "Invalid credentials in Authorization header")
@@ -181,13 +181,15 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         )
         return next(data for data in contents if digest(data) == name)
 
-    def _range(self, data: bytes) -> None:
+    def _range(self, path: str, data: bytes) -> None:
         """The whole, or what a Range header asks of it."""
         asked = self.headers.get("Range", "")
-        if not asked.startswith("bytes="):
-            return self._send(200, data, {"Accept-Ranges": "bytes"})
         first, _, last = asked.removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
+        start, end = int(first or 0), min(int(last or len(data) - 1), len(data) - 1)
+        if self.command == "GET":
+            self.hub.sent.append((path, end + 1 - start))
+        if not asked:
+            return self._send(200, data, {"Accept-Ranges": "bytes"})
         return self._send(206, data[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(data)}"})
 
     def _body(self, path: str) -> bytes | None:

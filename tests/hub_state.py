@@ -53,7 +53,8 @@ class Fault:
 class Hub:
     """The running server.
 
-    requests: (method, path, Authorization header) of every request so far. received: (path, bytes) of every body that
+    requests: (method, path, Authorization header) of every request so far. sent: (path, bytes) of every part of a file
+    that a client got. received: (path, bytes) of every body that
     was sent by PUT, whole or cut. objects: stored weights by SHA-256. chunk: bytes of a part of a multipart upload.
     token: of the owner of everything; others are of people who may see what is public. revoked: tokens of nobody.
     readonly: whether the owner's may only read. xet: folder of a Xet storage, where the client shall use one.
@@ -64,6 +65,7 @@ class Hub:
     repositories: dict[str, Repository]
     token: str = TOKEN
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: list[tuple[str, int]] = field(default_factory=list)
     received: list[tuple[str, int]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     pieces: dict[tuple[str, int], bytes] = field(default_factory=dict)

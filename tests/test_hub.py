@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from hub_server import TOKEN, Hub, Repository, hub
 from huggingface_hub import close_session
 from safetensors.torch import save
+
+from mergekit_lr.checkpoint import hub as remote
 
 NEVER = "never fetched"
 NOWHERE = "http://127.0.0.1:9"  # the port of discard, where nobody listens
@@ -131,8 +134,116 @@ def test_extract_fetches_what_it_needs_once(server, process, tmp_path):
     assert json.loads((out / "lrmerge.json").read_text())["inputs"]["finetuned"]["revision"] == commit
 
 
+@pytest.fixture
+def large(server) -> int:
+    """Two models whose weights are larger than what is asked for at first; the bytes of the tensors of both."""
+    base = tiny.decoder(hidden=192)
+    tuned = tiny.finetuned(base)
+    server.repositories["org/large"] = Repository({"main": files(base)})
+    server.repositories["org/large-tuned"] = Repository({"main": sharded(tuned) | OTHER})
+    return sum(tensor.nbytes for tensors in (base, tuned) for tensor in tensors.values())
+
+
+def sharded(tensors: tiny.Tensors) -> dict[str, bytes]:
+    """The files of a model in two shards."""
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+    held = {file: save({name: tensors[name] for name in own}) for file, own in parts.items()}
+    config = {"config.json": json.dumps(tiny.CONFIG).encode()}
+    return config | held | {"model.safetensors.index.json": json.dumps(index).encode()}
+
+
+def weights_sent(server: Hub) -> int:
+    """Bytes of safetensors that clients got."""
+    return sum(nbytes for path, nbytes in server.sent if path.endswith(".safetensors"))
+
+
+def slerp(folder: Path, *models: str) -> Path:
+    recipe = {"merge_method": "slerp", "base_model": models[0], "models": [{"model": m} for m in models]}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"parameters": {"t": 0.5}, "dtype": "bfloat16"}))
+    return path
+
+
+@pytest.mark.parametrize("first", [100_000, 64], ids=["one-request", "two-requests"])
+def test_a_plan_asks_for_headers_alone(server, run, tmp_path, large, monkeypatch, first):
+    monkeypatch.setattr(remote, "_FIRST", first)
+    recipe = slerp(tmp_path, "org/large", "org/large-tuned")
+    ended = run("plan", recipe, "--json")
+    assert ended.code == 0, ended
+    plan = json.loads(ended.out)
+    assert plan["download_bytes"] == plan["read_bytes"] == large
+    assert len(plan["tensors"]) == len(tiny.decoder())
+    assert 0 < weights_sent(server) <= 3 * 100_001 < large / 2
+    assert "to download first" in run("plan", recipe).out
+
+    folders = [tiny.save(tmp_path / "base", tiny.decoder(hidden=192))]
+    folders.append(tiny.save(tmp_path / "tuned", tiny.finetuned(tiny.decoder(hidden=192)), shards=2))
+    local = json.loads(run("plan", slerp(tmp_path, *map(str, folders)), "--json").out)
+    assert local["download_bytes"] == 0
+    assert local["tensors"] == plan["tensors"]
+
+
+def test_what_was_planned_is_then_fetched(server, run, tmp_path, large):
+    recipe = slerp(tmp_path, "org/large", "org/large-tuned")
+    assert run("merge", recipe, tmp_path / "planned", "--dry-run").code == 0
+    assert run("merge", recipe, tmp_path / "out", "-q").code == 0
+    assert json.loads(run("plan", recipe, "--json").out)["download_bytes"] == 0
+    folders = [tiny.save(tmp_path / "base", tiny.decoder(hidden=192))]
+    folders.append(tiny.save(tmp_path / "tuned", tiny.finetuned(tiny.decoder(hidden=192))))
+    assert run("merge", slerp(tmp_path, *map(str, folders)), tmp_path / "same", "-q").code == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "same" / weights).read_bytes()
+
+
+def test_dry_runs_ask_for_headers_alone(server, run, tmp_path, large):
+    planned = run("extract", "org/large", "org/large-tuned", "-o", tmp_path / "lora", "--dry-run", "--json")
+    assert planned.code == 0, planned
+    assert json.loads(planned.out)["download_bytes"] == large
+    assert run("extract", "org/large", "org/large-tuned", "-o", tmp_path / "lora", "-q", "--rank", 2).code == 0
+    server.repositories["org/later"] = Repository({"main": files(tiny.decoder(hidden=192, seed=3))})
+    server.sent.clear()
+    planned = run("apply", "org/later", tmp_path / "lora", "-o", tmp_path / "out", "--dry-run", "--json")
+    assert planned.code == 0, planned
+    assert json.loads(planned.out)["download_bytes"] == large // 2
+    assert weights_sent(server) < large / 4
+
+
+def test_a_base_that_only_says_names_is_not_downloaded(server, run, tmp_path, large):
+    local = (
+        tiny.save(tmp_path / "b", tiny.decoder(hidden=192)),
+        tiny.save(tmp_path / "t", tiny.decoder(hidden=192, seed=2)),
+    )
+    assert run("extract", *local, "-o", tmp_path / "lora", "-q", "--rank", 2).code == 0
+    for verb, *more in (("convert", "--to", "peft"), ("compress", "--rank", 1)):
+        ended = run(verb, tmp_path / "lora", "-o", tmp_path / verb, "--base", "org/large", *more, "-q")
+        assert ended.code == 0, ended
+    assert weights_sent(server) < large / 2
+    described = json.loads((tmp_path / "compress" / "lrmerge.json").read_text())["inputs"]["base"]
+    assert described["revision"] == server.repositories["org/large"].commit("main")
+    assert described["files"] == [{"file": "model.safetensors"}]
+
+
+def test_a_mistake_is_told_before_the_download(server, run, tmp_path, large):
+    server.repositories["org/other"] = Repository({"main": files(tiny.decoder(hidden=96))})
+    ended = run("merge", slerp(tmp_path, "org/large", "org/other"), tmp_path / "out", "-q")
+    assert ended.code == 1, ended
+    assert weights_sent(server) < large / 2
+
+
+def test_a_damaged_header_on_the_hub(server, run):
+    whole = files(tiny.decoder())
+    server.repositories["org/short"] = Repository(
+        {"main": whole | {"model.safetensors": whole["model.safetensors"][:-8]}}
+    )
+    said(run("inspect", "org/short"), "model.safetensors", "is truncated")
+    server.repositories["org/none"] = Repository({"main": whole | {"model.safetensors": b"<html>"}})
+    said(run("inspect", "org/none"), "model.safetensors", "no whole safetensors file")
+
+
 def test_an_outage_does_not_matter_to_what_is_in_the_cache(server, run, tmp_path):
-    assert run("inspect", "org/finetuned@v1.0").code == 0
+    assert run("extract", "org/base", "org/finetuned@v1.0", "-o", tmp_path / "out", "-q").code == 0
     server.down = True
     assert run("inspect", "org/finetuned@v1.0").code == 0
     assert run("inspect", "org/finetuned@v1.0", endpoint=NOWHERE).code == 0

@@ -127,7 +127,7 @@ def _show(report: ApplyReport, *, verbose: bool) -> None:
 def _show_plan(plan: ApplyPlan, *, verbose: bool) -> None:
     from collections import Counter
 
-    from lrmerge.console import err, out, size
+    from lrmerge.console import err, out, size, to_read
 
     for (how, kind), count in Counter((t.how, str(t.parameter.kind)) for t in plan.targets).items():
         out.print(f"change: {count} {kind} parameters by {how}")
@@ -138,8 +138,8 @@ def _show_plan(plan: ApplyPlan, *, verbose: bool) -> None:
         err.print(f"note: {note}", style="yellow", soft_wrap=True)
     states = ", ".join(f"{count} {state}" for state, count in Counter(plan.states.values()).items())
     out.print(
-        f"tensors: {states}; {size(plan.schedule.cost.read)} to read, {size(plan.written)} to write in "
-        f"{_files(plan.files)}, {len(plan.schedule.batches)} batches on {plan.resources.device} with "
+        f"tensors: {states}; {to_read(plan.schedule.cost.read, plan.base.to_download)}, {size(plan.written)} to write "
+        f"in {_files(plan.files)}, {len(plan.schedule.batches)} batches on {plan.resources.device} with "
         f"{plan.resources.workers} workers, peak memory {size(plan.peak)}; names from {plan.layout.source}",
         soft_wrap=True,
     )

@@ -25,6 +25,7 @@ from mergekit_lr.errors import LrmergeError, printable
 from mergekit_lr.report.quantities import duration as duration
 from mergekit_lr.report.quantities import percent as percent
 from mergekit_lr.report.quantities import size as size
+from mergekit_lr.report.quantities import to_read as to_read
 
 if TYPE_CHECKING:
     from mergekit_lr.graph.run import Progress as Step

@@ -191,7 +191,7 @@ def _show_modules(report: ExtractReport) -> None:
 
 
 def _show_plan(plan: ExtractPlan, *, verbose: bool) -> None:
-    from lrmerge.console import number, out, size, table, word
+    from lrmerge.console import number, out, size, table, to_read, word
 
     shown = table(word("treatment"), word("kind"), number("parameters"), number("read"))
     groups: dict[tuple[str, str], list[int]] = {}
@@ -205,10 +205,10 @@ def _show_plan(plan: ExtractPlan, *, verbose: bool) -> None:
         for step in plan.steps:
             why = f" ({step.reason})" if step.reason else ""
             out.print(f"{step.treatment} {step.pair.name} {list(step.pair.base.shape)}{why}", soft_wrap=True)
-    cost = plan.schedule.cost
+    cost, download = plan.schedule.cost, plan.base.to_download + plan.finetuned.to_download
     out.print(
         f"{len(plan.schedule.batches)} batches on {plan.resources.device} with {plan.resources.workers} workers: "
-        f"{size(cost.read)} to read, {cost.flops / 1e12:.2f} TFLOP, peak memory {size(plan.peak)}; names from "
+        f"{to_read(cost.read, download)}, {cost.flops / 1e12:.2f} TFLOP, peak memory {size(plan.peak)}; names from "
         f"{plan.pairing.layout.source}",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""``lrmerge plan RECIPE``: what a merge would do to every tensor, from headers alone."""
+"""``lrmerge plan RECIPE``: what a merge would do to every tensor, from headers alone, and about how long it takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan(
     as_json: opt.Json = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Show what happens to which tensor by which rule, and the bytes and memory that it takes. Nothing is written."""
+    """Show what happens to which tensor by which rule, and the bytes, memory and time it takes. Nothing is written."""
     from mergekit_lr.verbs.merge.verb import plan_documents
 
     show_documents(
@@ -37,8 +37,9 @@ def plan(
 def show_documents(plans: Sequence[Any], *, as_json: bool, verbose: bool) -> None:
     """Print the plan of a recipe, or of each of its documents; as JSON one object, or a list of them."""
     from lrmerge.console import emit_json, out
+    from mergekit_lr.verbs.merge.estimate import seconds
 
-    made = [plan.to_json() for plan in plans]
+    made = [{**plan.to_json(), "seconds": seconds(plan)} for plan in plans]
     if as_json:
         emit_json(made[0] if len(made) == 1 else made)
         return
@@ -52,7 +53,7 @@ def show(made: dict[str, Any], *, verbose: bool) -> None:
     """Print a plan: its rules with how many tensors each has, or with -v every tensor, and the totals."""
     from collections import Counter
 
-    from lrmerge.console import err, out, size
+    from lrmerge.console import duration, err, out, size
 
     if verbose:
         for tensor in made["tensors"]:
@@ -67,9 +68,11 @@ def show(made: dict[str, Any], *, verbose: bool) -> None:
     states = ", ".join(f"{count} {state}" for state, count in made["states"].items())
     written = f", {size(made['written_bytes'])} to write" if "written_bytes" in made else ""
     what = "adapters" if "space" in made else "models"
+    # Never "0.0 s": a merge of small tensors is short, and how short is no matter.
+    time = f"about {duration(max(made['seconds'], 0.1))} of arithmetic" if made["seconds"] else "no arithmetic"
     out.print(
         f"{made['method']} of {len(made['models'])} {what}: {states}; {size(made['read_bytes'])} to read{written}, "
-        f"{made['batches']} batches on {made['device']} with {made['workers']} workers, peak memory "
+        f"{made['batches']} batches on {made['device']} with {made['workers']} workers, {time}, peak memory "
         f"{size(made['peak_bytes'])}",
         soft_wrap=True,
     )

@@ -132,6 +132,7 @@ def plan() -> Schema:
         "read_bytes": number | {"description": "Of weights to read."},
         "written_bytes": number | {"description": "Of a model: size of the result."},
         "peak_bytes": number | {"description": "The most memory that will be held."},
+        "seconds": {"type": "number", "description": "About how long the arithmetic takes, within a factor of two."},
         "batches": number | {"description": "Steps of the run."},
         "workers": number | {"description": "Computed side by side."},
         "device": word | {"description": "cpu, or the accelerator."},

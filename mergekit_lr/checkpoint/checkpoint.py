@@ -1,17 +1,19 @@
 """A checkpoint: a named collection of tensors, opened by its headers and read one tensor at a time.
 
 It may be a folder with one file or with shards and an index, a single file, a Hub id ``org/name@revision``, or
-a dict in memory. Opening reads headers and ``config.json`` only.
+a dict in memory. Opening reads headers and ``config.json`` only, those of a model on the Hub too: its weights are
+fetched when the first of them is read, or by ``fetch``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +28,11 @@ from mergekit_lr.errors import FormatError, MismatchError
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 # Parts of names that only the file of an adapter has.
 ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w1", ".lokr_w1")
+REQUESTS = 8  # for headers, to the Hub, at a time
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
+
+
+_File: TypeAlias = tuple[dict[str, TensorInfo], dict[str, str], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Checkpoint:
 
     ref: what the user called it. folder: where its files lie (None in memory). tensors: name on disk to its
     place, dtype and shape. config: the content of config.json, empty where there is none. metadata: the string
-    metadata of the files.
+    metadata of the files. remote: where the files are that are not here yet. named_file: whether the user named a file,
+    in a folder where other things may lie.
     """
 
     ref: str
@@ -45,6 +52,8 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     _memory: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _scales: dict[str, Scale] = field(default_factory=dict, repr=False)
+    remote: hub.Remote | None = field(default=None, repr=False)
+    named_file: bool = False
 
     @classmethod
     def open(cls, ref: str | Path | Checkpoint | Mapping[str, Tensor]) -> Checkpoint:
@@ -59,25 +68,31 @@ class Checkpoint:
             return ref
         if isinstance(ref, Mapping):
             return cls.from_tensors(ref)
-        path = hub.local_path(str(ref))
+        path, remote = hub.find(str(ref))
         if path.is_dir():
             _refuse_adapter(path, str(ref))
-            files, folder = _files_of_folder(path, str(ref)), path
+            folder, names = path, {file.name for file in path.iterdir() if file.is_file()}
+            files = _files_of_folder(path, names | (remote.weights if remote else set()), str(ref))
         else:
-            files, folder = _shards_of(path), path.parent
+            folder = path.parent
+            files = _shards_of(path, {file.name for file in folder.iterdir()})
+        if remote is not None and all(file.exists() for file in files):
+            remote = None
         tensors: dict[str, TensorInfo] = {}
         memory: dict[str, Tensor] = {}
         metadata: dict[str, str] = {}
-        for file, expected in files.items():
-            found, held = _open_file(file, metadata)
+        for (file, expected), (found, said, held) in zip(files.items(), _opened(files, remote), strict=True):
             _compare_with_index(file, found, expected, folder)
             if twice := tensors.keys() & found.keys():
                 raise FormatError(f"{folder}: tensor {min(twice)} is in more than one file")
             tensors |= found
+            metadata |= said
             memory |= held
         if not tensors:
             raise FormatError(f"{ref}: holds no tensors")
-        return cls._assembled(str(ref), folder, tensors, read_config(folder / "config.json"), metadata, memory)
+        config = read_config(folder / "config.json")
+        whole = cls._assembled(str(ref), folder, tensors, config, metadata, memory)
+        return replace(whole, remote=remote, named_file=not path.is_dir())
 
     @classmethod
     def from_tensors(
@@ -105,6 +120,15 @@ class Checkpoint:
             return dequantise(self._stored(name, self.tensors[name]), self._stored(*scale[:2]), scale.block)
         return self._stored(name, self.tensors[name], index)
 
+    def fetch(self) -> None:
+        """Download the files of a model on the Hub that are not here yet.
+
+        Raises:
+            HubError: the Hub refuses them or cannot be reached.
+        """
+        if self.remote is not None:
+            self.remote.fetch(file.name for file in self.files)
+
     def has_parts(self, name: str) -> bool:
         """Whether a part of ``name`` can be read without the rest."""
         return name not in self._scales
@@ -114,23 +138,34 @@ class Checkpoint:
         if name in self._memory:
             flat = self._memory[name].reshape(-1)
             return lambda start, stop: flat[start:stop]
+        self.fetch()
         return parts(self.tensors[name])
 
     def announce(self, name: str) -> None:
         """Say that ``name`` is going to be read in parts soon."""
         if name not in self._memory:
+            self.fetch()
             announce(self.tensors[name])
 
     def _stored(self, name: str, info: TensorInfo, index: int | None = None) -> Tensor:
         if name in self._memory:
             tensor = self._memory[name]
             return tensor if index is None else tensor[index]
+        self.fetch()
         return read_tensor(info, index)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def to_download(self) -> int:
+        """Bytes of the tensors in files that ``fetch`` would download."""
+        if self.remote is None:
+            return 0
+        missing = {file for file in self.files if not file.exists()}
+        return sum(info.nbytes for info in self.tensors.values() if info.file in missing)
 
     @property
     def files(self) -> list[Path]:
@@ -155,16 +190,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open_file(path: Path, metadata: dict[str, str]) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
+def _opened(files: Iterable[Path], remote: hub.Remote | None) -> Iterable[_File]:
+    """Every file in order: its tensors, its metadata, and the tensors in memory where it has no header to map by."""
+    if remote is None:
+        return map(_open_file, files)
+    with ThreadPoolExecutor(REQUESTS) as requests:
+        headers = requests.map(remote.header, (file.name for file in files))
+        return [(tensors, metadata, {}) for tensors, metadata in headers]
+
+
+def _open_file(path: Path) -> _File:
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        tensors, found = read_header(path)
-        metadata.update(found)
-        return tensors, {}
+        tensors, metadata = read_header(path)
+        return tensors, metadata, {}
     if path.suffix in (".bin", ".pt", ".pth"):
         held = read_pickled(path)
-        return _places(held, path), held
+        return _places(held, path), {}, held
     raise FormatError(f"{path}: not a checkpoint file; .safetensors or .bin is expected")
 
 
@@ -180,27 +223,28 @@ def _refuse_adapter(folder: Path, ref: str) -> None:
         )
 
 
-def _files_of_folder(folder: Path, ref: str) -> dict[Path, set[str] | None]:
-    """Each file of the model in ``folder`` with the names that the index expects in it (None without index)."""
+def _files_of_folder(folder: Path, names: Set[str], ref: str) -> dict[Path, set[str] | None]:
+    """Each file of the model in ``folder`` with the tensors that the index expects in it (None without index).
+
+    names: of all files that are there, or will be.
+    """
     for suffix in ("safetensors", "bin"):
         for stem in STEMS:
-            index = folder / f"{stem}.{suffix}.index.json"
-            if index.exists():
-                return _files_of_index(index)
-            if (single := folder / f"{stem}.{suffix}").exists():
-                return {single: None}
-        found = sorted(
-            p for p in folder.glob(f"*.{suffix}") if not p.name.startswith(("adapter_model", "training_args"))
-        )
-        if len(found) == 1 or (found and len({m[1] for p in found if (m := SHARD.match(p.name))}) == 1):
-            return _shards_of(found[0])
+            if (index := f"{stem}.{suffix}.index.json") in names:
+                return _files_of_index(folder / index, names)
+            if (single := f"{stem}.{suffix}") in names:
+                return {folder / single: None}
+        left_out = ("adapter_model", "training_args")
+        found = sorted(name for name in names if name.endswith(f".{suffix}") and not name.startswith(left_out))
+        if len(found) == 1 or (found and len({m[1] for name in found if (m := SHARD.match(name))}) == 1):
+            return _shards_of(folder / found[0], names)
         if found:
-            names = ", ".join(path.name for path in found[:4])
-            raise FormatError(f"{folder}: several checkpoint files and no index ({names}); name the one you mean")
+            several = ", ".join(found[:4])
+            raise FormatError(f"{folder}: several checkpoint files and no index ({several}); name the one you mean")
     raise FormatError(f"{ref}: no checkpoint file in this folder (model.safetensors or shards with an index)")
 
 
-def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
+def _files_of_index(index: Path, names: Set[str]) -> dict[Path, set[str] | None]:
     weight_map = read_config(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map")
@@ -213,22 +257,22 @@ def _files_of_index(index: Path) -> dict[Path, set[str] | None]:
         if expected is not None:
             expected.add(name)
     for path in files:
-        if not path.is_file():
+        if path.name not in names:
             raise FormatError(f"{index}: names the shard {path.name}, which is not in the folder; download it")
     return files
 
 
-def _shards_of(path: Path) -> dict[Path, set[str] | None]:
+def _shards_of(path: Path, names: Set[str]) -> dict[Path, set[str] | None]:
     """``path`` alone, or all shards of the set that it is one of, complete."""
     match = SHARD.match(path.name)
     if match is None:
         return {path: None}
     count = int(match[3])
-    shards = [path.parent / f"{match[1]}-{i:05d}-of-{count:05d}.{match[4]}" for i in range(1, count + 1)]
+    shards = [f"{match[1]}-{i:05d}-of-{count:05d}.{match[4]}" for i in range(1, count + 1)]
     for shard in shards:
-        if not shard.is_file():
-            raise FormatError(f"{path.parent}: shard {shard.name} is missing; download it")
-    return dict.fromkeys(shards)
+        if shard not in names:
+            raise FormatError(f"{path.parent}: shard {shard} is missing; download it")
+    return {path.parent / shard: None for shard in shards}
 
 
 def _compare_with_index(file: Path, found: Mapping[str, TensorInfo], expected: set[str] | None, folder: Path) -> None:

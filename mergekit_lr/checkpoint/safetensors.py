@@ -65,7 +65,35 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         FormatError: the file is no safetensors file, is truncated, or its header contradicts it.
     """
-    size, length, raw = _raw_header(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = header_length(path, file.read(8), size)
+            return parse_header(path, file.read(length), size)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def header_length(path: Path, first: bytes, size: int) -> int:
+    """Bytes of the header that begins behind the ``first`` 8 of a file of ``size`` bytes.
+
+    Raises:
+        FormatError: these are no 8 bytes, or no length that the file has room for.
+    """
+    length = int.from_bytes(first, "little")
+    if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+        header = f" and a header of {length}" if size >= 8 else ""
+        problem = f"has {size} bytes{header}, so it is no whole safetensors file" if size else "is empty"
+        raise FormatError(f"{path}: {problem}; download or save it again")
+    return length
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a header, its JSON in ``raw``, checked against a file of ``size`` bytes at ``path``.
+
+    Raises:
+        FormatError: the header is damaged or contradicts the file.
+    """
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -75,7 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise FormatError(f"{path}: __metadata__ is not a table of strings")
-    start = 8 + length
+    start = 8 + len(raw)
     tensors = {name: _entry(path, name, entry, start) for name, entry in header.items()}
     end = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -86,21 +114,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         problem = "is truncated" if end > size else "has bytes that no tensor owns"
         raise FormatError(f"{path}: {problem}: the header accounts for {end} bytes, the file has {size}")
     return tensors, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _raw_header(path: Path) -> tuple[int, int, bytes]:
-    """Size of the file, length of its header, and the header."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-                header = f" and a header of {length}" if size >= 8 else ""
-                problem = f"has {size} bytes{header}, so it is no whole safetensors file" if size else "is empty"
-                raise FormatError(f"{path}: {problem}; download or save it again")
-            return size, length, file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_tensor(info: TensorInfo, index: int | None = None) -> Tensor:

@@ -12,6 +12,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def to_read(nbytes: float, download: float) -> str:
+    """What is going to be read, and what has to be downloaded before."""
+    return f"{size(nbytes)} to read" + (f", {size(download)} to download first" if download else "")
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person would say them."""
     if seconds < 60:

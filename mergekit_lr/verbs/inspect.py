@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_lr.adapter.adapter import AdaptedWeight
 from mergekit_lr.adapter.open import Opened, is_adapter, is_computed, open_adapter
 from mergekit_lr.checkpoint.checkpoint import Checkpoint, read_config
-from mergekit_lr.checkpoint.hub import local_path
+from mergekit_lr.checkpoint.hub import find
 from mergekit_lr.checkpoint.pair import layout_of, read_matrix
 from mergekit_lr.checkpoint.parameter import Parameter
 from mergekit_lr.errors import FormatError, UsageError
@@ -145,7 +145,7 @@ def inspect(
         pattern = re.compile(match or "")
     except re.error as error:
         raise UsageError(f"--match {match!r} is no regular expression: {error}") from None
-    path = local_path(str(ref))
+    path = find(str(ref)).path
     if is_adapter(path):
         return _adapter_view(str(ref), _open(path, base), pattern)
     return _checkpoint_view(Checkpoint.open(ref), pattern)

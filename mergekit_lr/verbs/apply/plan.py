@@ -101,6 +101,7 @@ class ApplyPlan:
             "workers": self.resources.workers,
             "batches": len(self.schedule.batches),
             "read_bytes": self.schedule.cost.read,
+            "download_bytes": self.base.to_download,
             "written_bytes": self.written,
             "peak_bytes": self.peak,
             "files": {name: total_bytes(held.values()) for name, held in self.files.items()},

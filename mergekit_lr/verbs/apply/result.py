@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergekit_lr.checkpoint.checkpoint import STEMS
-from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
@@ -98,7 +97,7 @@ def side_files(plan: ApplyPlan) -> Iterator[tuple[Path, bool]]:
     folder = plan.base.folder
     if folder is None:
         return
-    own = local_path(plan.base.ref).is_dir() or plan.base.files[0].name.startswith(STEMS)
+    own = not plan.base.named_file or plan.base.files[0].name.startswith(STEMS)
     for path in sorted(folder.iterdir()):
         usual = path.name.endswith(LEFT) or path.name.startswith((".", "adapter_")) or path.name in ("README.md", FILE)
         if path.name == "config.json" or (own and not usual):

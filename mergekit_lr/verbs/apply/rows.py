@@ -67,6 +67,7 @@ def read_span(checkpoint: Checkpoint, span: Span) -> Tensor:
     if checkpoint.folder is None or info.file.suffix != ".safetensors" or is_scaled(checkpoint, span.source):
         whole = checkpoint.read(span.source).reshape(-1)
         return whole[span.start * span.width :][: span.entries].reshape(span.rows, span.width)
+    checkpoint.fetch()
     size = info.dtype.itemsize
     place = info._replace(
         shape=(span.rows, span.width), offset=info.offset + span.start * span.width * size, nbytes=span.entries * size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from mergekit_lr.errors import CapacityError
 from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.report.application import ApplyReport
-from mergekit_lr.report.manifest import describe
+from mergekit_lr.report.manifest import state, state_of_files
 from mergekit_lr.verbs.apply.adapters import Reference
 from mergekit_lr.verbs.apply.compute import Application
 from mergekit_lr.verbs.apply.plan import ApplyPlan, plan_apply
@@ -65,6 +64,7 @@ def apply(
     """
     started = time.perf_counter()
     plan = plan_apply(base, adapters, **options)
+    plan.base.fetch()
     if out is None:
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
@@ -117,13 +117,7 @@ def _check_space(plan: ApplyPlan, folder: Path) -> None:
 
 
 def _fingerprint(plan: ApplyPlan) -> str:
-    """What must be the same for a journal to be continued: options and inputs, not where or how fast they run.
-
-    Inputs in memory are never known to be the same.
-    """
+    """What must be the same for a journal to be continued: options and inputs, not where or how fast they run."""
     options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
-    files = [*(plan.base.files if plan.base.folder else []), *(file for given in plan.given for file in given.files)]
-    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    weights = [[given.ref, given.weight] for given in plan.given]
-    unknown = plan.base.folder is None or any(not given.files for given in plan.given)
-    return fingerprint(options, describe(plan.base), stats, weights, uuid.uuid4().hex if unknown else "")
+    given = [[one.ref, one.weight, state_of_files(one.files)] for one in plan.given]
+    return fingerprint(options, state(plan.base), given)

@@ -164,6 +164,7 @@ class ExtractPlan:
             "workers": self.resources.workers,
             "batches": len(self.schedule.batches),
             "read_bytes": cost.read,
+            "download_bytes": self.base.to_download + self.finetuned.to_download,
             "flops": cost.flops,
             "peak_bytes": self.peak,
             "parameters": [

@@ -7,7 +7,6 @@ there once all ranks are known.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.report.extraction import ExtractReport
-from mergekit_lr.report.manifest import describe, versions
+from mergekit_lr.report.manifest import state, versions
 from mergekit_lr.verbs.extract.compute import Extraction, Finished
 from mergekit_lr.verbs.extract.plan import ExtractPlan, plan_extract
 from mergekit_lr.verbs.extract.result import assemble, in_memory, saturated, write
@@ -67,6 +66,8 @@ def extract(
     """
     started = time.perf_counter()
     plan = plan_extract(base, finetuned, **options)
+    for checkpoint in (plan.base, plan.finetuned):
+        checkpoint.fetch()
     if out is None:
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
@@ -111,7 +112,4 @@ def compute(plan: ExtractPlan, journal: Journal, progress: Callable[[Progress], 
 def _fingerprint(plan: ExtractPlan) -> str:
     """What must be the same for a journal to be continued: options and inputs, not where or how fast they run."""
     options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
-    inputs = (plan.base, plan.finetuned)
-    # Tensors in memory bear no mark of their content: such a run always starts anew.
-    times = [[p.stat().st_mtime_ns for p in c.files] if c.folder else os.urandom(16).hex() for c in inputs]
-    return fingerprint(options, *map(describe, inputs), times, versions())
+    return fingerprint(options, state(plan.base), state(plan.finetuned), versions())

@@ -105,6 +105,7 @@ class AdapterPlan:
             "base": self.base.ref if self.base else None,
             "options": self.options,
             "read_bytes": self.schedule.cost.read,
+            "download_bytes": self.base.to_download if self.base is not None and self.kind == "model" else 0,
             "peak_bytes": self.peak,
             "batches": len(self.schedule.batches),
             "workers": self.resources.workers,

@@ -90,6 +90,7 @@ class MergePlan:
             "models": list(self.sources),
             "options": self.options,
             "read_bytes": self.schedule.cost.read,
+            "download_bytes": sum(source.checkpoint.to_download for source in self.sources.values()),
             "written_bytes": self.written,
             "peak_bytes": self.peak,
             "batches": len(self.schedule.batches),

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergekit_lr.checkpoint.checkpoint import STEMS, Checkpoint, read_config
-from mergekit_lr.checkpoint.hub import local_path
 from mergekit_lr.checkpoint.writer import total_bytes
 from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.resources import peak_bytes
@@ -106,7 +105,7 @@ def _copy_side_files(template: Checkpoint, folder: Path) -> list[str]:
     origin, left = template.folder, []
     if origin is None:
         return []
-    own = local_path(template.ref).is_dir() or template.files[0].name.startswith(STEMS)
+    own = not template.named_file or template.files[0].name.startswith(STEMS)
     for path in sorted(origin.iterdir()):
         usual = path.name.endswith(LEFT) or path.name.startswith((".", "adapter_")) or path.name in ("README.md", FILE)
         if not path.is_file() or (usual and path.name != "config.json") or not (own or path.name == "config.json"):

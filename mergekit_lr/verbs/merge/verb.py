@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from mergekit_lr.errors import CapacityError, UsageError
 from mergekit_lr.graph.journal import Journal, fingerprint
 from mergekit_lr.graph.run import Progress, run
 from mergekit_lr.recipe.reading import Recipe, read_recipes
-from mergekit_lr.report.manifest import describe, versions
+from mergekit_lr.report.manifest import state, state_of_files, versions
 from mergekit_lr.report.merging import MergeReport
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan, plan_adapters
 from mergekit_lr.verbs.merge.adapters import merge_in_memory, merge_to_adapter, merge_to_model
@@ -136,6 +135,7 @@ def _merge(
 ) -> MergeReport:
     started = time.perf_counter()
     plan = _plan(recipe, options)
+    _fetch(plan)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="lrmerge-") as scratch:
             journal = Journal(Path(scratch), "")
@@ -188,6 +188,15 @@ def _compute(
     run(left, read=work.read, compute=work.compute, write=work.write, progress=progress)
 
 
+def _fetch(plan: MergePlan | AdapterPlan) -> None:
+    """Download what the plan has seen the headers of. Of adapters' base only what is written anew is needed."""
+    if isinstance(plan, MergePlan):
+        for source in plan.sources.values():
+            source.checkpoint.fetch()
+    elif plan.kind == "model" and plan.base is not None:
+        plan.base.fetch()
+
+
 def _inputs(plan: MergePlan | AdapterPlan) -> list[Path]:
     """Folders that the run reads, which it must never replace."""
     if isinstance(plan, AdapterPlan):
@@ -200,15 +209,12 @@ def _fingerprint(plan: MergePlan | AdapterPlan) -> str:
     """What must be the same for a journal to be continued: recipe, options, inputs; not where or how fast they run."""
     options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
     if isinstance(plan, AdapterPlan):
-        checkpoints, files = [plan.base] if plan.base else [], list(plan.files)
+        checkpoints, adapters = [plan.base] if plan.base else [], [one.files for one in plan.adapters]
     else:
         checkpoints = [source.checkpoint for source in plan.sources.values()]
-        files = [file for source in plan.sources.values() for file in source.files]
-    files += [file for checkpoint in checkpoints if checkpoint.folder for file in checkpoint.files]
-    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    # Tensors in memory bear no mark of their content: such a run always starts anew.
-    unknown = uuid.uuid4().hex if any(c.folder is None for c in checkpoints) else ""
-    return fingerprint(plan.recipe.content, options, [describe(c) for c in checkpoints], stats, versions(), unknown)
+        adapters = [source.files for source in plan.sources.values() if source.applied is not None]
+    states = [*map(state, checkpoints), *map(state_of_files, adapters)]
+    return fingerprint(plan.recipe.content, options, states, versions())
 
 
 def _with_results(recipe: Recipe, made: Mapping[str, str]) -> Recipe:
