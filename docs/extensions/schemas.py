@@ -130,6 +130,7 @@ def plan() -> Schema:
         "base": {"type": ["string", "null"], "description": "Of adapters: what they go onto."},
         "options": {"type": "object", "description": "The options of the run."},
         "read_bytes": number | {"description": "Of weights to read."},
+        "download_bytes": number | {"description": "Of files on the Hub that are not here yet."},
         "written_bytes": number | {"description": "Of a model: size of the result."},
         "peak_bytes": number | {"description": "The most memory that will be held."},
         "seconds": {"type": "number", "description": "About how long the arithmetic takes, within a factor of two."},
