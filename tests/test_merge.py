@@ -169,6 +169,9 @@ def test_a_limit_on_the_rank_cuts_the_merged_change(zoo, tmp_path, method, limit
         lost, whole = lost + float((weight.delta.dense() - dense).square().sum()), whole + float(dense.square().sum())
         if "rank" in limit:
             assert weight.delta.rank <= 2
+        if "energy" in limit:  # of each module, and with the least rank that keeps it
+            kept = torch.linalg.svdvals(dense.double()).square().cumsum(0) / dense.double().square().sum()
+            assert weight.delta.rank == int((kept < 0.9).sum()) + 1
     assert report.rounding_error == pytest.approx((lost / whole) ** 0.5, rel=0.02)
     if "energy" in limit:
         assert lost <= 0.1001 * whole

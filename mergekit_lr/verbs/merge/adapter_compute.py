@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from lrgpu.random import stream
-from lrgpu.truncated import truncated_svd
+from lrgpu.rank import RankRule
+from lrgpu.truncated import truncated_svd, truncated_svd_by_rule
 from torch import Tensor
 
 from mergekit_lr.adapter.lowrank import LowRank
@@ -29,7 +30,8 @@ from mergekit_lr.verbs.merge.adapter_values import row_lengths
 class Done(NamedTuple):
     """A finished step: factors A and B, or a tensor ``full``; and figures that JSON can hold.
 
-    norm: squared norm of the merged change. lost: the part of it that truncation cut off.
+    norm: squared norm of the merged change. lost: the part of it that truncation cut off. energy: the share that it was
+    asked to keep, where it was cut by that.
     """
 
     tensors: dict[str, Tensor]
@@ -91,9 +93,12 @@ class AdapterMerging:
             return Done({"full": own.contiguous().cpu()}, {"norm": squared(full), "lost": 0.0})
         if isinstance(merged, Tensor):
             self._check_finite(step, squared(merged))  # before it goes into an SVD
-        cut = _factors(merged, rank, stream(self.plan.seed, step.name, "truncation"))
+        # Of a whole matrix only the factors that the energy asks for are ever formed; factors are cut together, later.
+        energy = self.plan.recipe.document.output.energy if isinstance(merged, Tensor) else None
+        cut = _factors(merged, rank, energy, stream(self.plan.seed, step.name, "truncation"))
         folded = cut.delta.folded().to(self.dtype)
-        return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, {"norm": cut.norm, "lost": cut.lost})
+        figures = {"norm": cut.norm, "lost": cut.lost} | ({"energy": energy} if energy is not None else {})
+        return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, figures)
 
     def _value(self, step: Step, given: list[Any]) -> Done:
         """A value: the base's, changed by the merged differences from it; without a base the weighted mean."""
@@ -156,8 +161,8 @@ class _Cut(NamedTuple):
     lost: float
 
 
-def _factors(merged: Delta, rank: int | None, seed: int) -> _Cut:
-    """Factors of at most ``rank``."""
+def _factors(merged: Delta, rank: int | None, energy: float | None, seed: int) -> _Cut:
+    """Factors of at most ``rank``; of a matrix of the rank that keeps a share ``energy`` of its squared norm."""
     if isinstance(merged, LowRank):
         if rank is None or rank >= merged.rank:
             return _Cut(merged, float(merged.norm().square().sum()), 0.0)
@@ -167,7 +172,9 @@ def _factors(merged: Delta, rank: int | None, seed: int) -> _Cut:
         kept = float(cut.delta.B.double().square().sum(-2).square().sum())
         return _Cut(cut.delta, kept + lost, lost)
     side = min(merged.shape[-2:])
-    if rank is None or rank >= side:
+    if energy is not None:
+        U, S, Vh = truncated_svd_by_rule(merged, RankRule(energy=energy, max_rank=rank), seeds=seed)[:3]
+    elif rank is None or rank >= side:
         U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
     else:
         U, S, Vh = truncated_svd(merged, rank, seeds=seed)[:3]
