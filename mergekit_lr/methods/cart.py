@@ -19,7 +19,6 @@ from mergekit_lr.methods.registry import Number, method
     vectors=mean,
     factored=True,
     basis="any",
-    spectral=True,
 )
 def cart(
     deltas: Sequence[Delta],

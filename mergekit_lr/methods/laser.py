@@ -17,7 +17,7 @@ def unchanged(models: Sequence[Tensor], /, **_: Any) -> Tensor:
     return models[0]
 
 
-@method("laser", paper="2312.13558", takes="weights", vectors=unchanged, spectral=True, models=(1, 1))
+@method("laser", paper="2312.13558", takes="weights", vectors=unchanged, models=(1, 1))
 def laser(models: Sequence[Tensor], /, *, keep: float = 0.01, tolerance: float = 1e-3) -> Tensor:
     """The weight's best approximation of rank floor(keep min(m, n)), at least 1. Vectors stay as they are.
 

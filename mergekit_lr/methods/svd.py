@@ -16,7 +16,7 @@ def summed(deltas: Sequence[Delta], /, *, weights: PerModel, scale: Number = 1.0
     return scaled(combine(weights, deltas), scale)
 
 
-@method("svd", paper="Eckart-Young", takes="deltas", vectors=summed, factored=True, spectral=True)
+@method("svd", paper="Eckart-Young", takes="deltas", vectors=summed, factored=True)
 def svd(
     deltas: Sequence[Delta], /, *, rank: int, weights: PerModel = 1.0, scale: Number = 1.0, tolerance: float = 1e-3
 ) -> Delta:
