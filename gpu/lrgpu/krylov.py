@@ -51,6 +51,7 @@ class Krylov:
         self.gram = library.empty((batch, 0, 0), library.xp.float64, D)
         self.ritz = library.empty((batch, 0), library.xp.float64, D)
         self.previous_ritz = [self.ritz] * 3  # of the three cycles before
+        self.leading = self.gram  # of the last call of ``turned``
         self.passes = passes
         self.seeds = seeds
         self.cycles = 0
@@ -131,6 +132,20 @@ class Krylov:
         # Where that is mostly rounding, the Ritz values left out are a safe lower bound of it.
         left = xp.where(left > 1e-5 * self.squared_norm, left, self.ritz[:, rank:].sum(-1))
         return xp.where(self.doubtful, left, to_come), left
+
+    def turned(self, rank: int) -> Array:
+        """The sine (b,) of the largest angle by which the space of the first ``rank`` has turned since the last call.
+
+        1 at the first call. Energies say little of directions: turning the last of them into the next costs almost none.
+        """
+        xp = backend.of(self.D).xp
+        before = self.leading
+        self.leading = xp.flip(xp.linalg.eigh(self.gram)[1], (-1,))[..., :rank]
+        if before.shape[-1] != self.leading.shape[-1]:
+            return 1 + 0 * self.squared_norm
+        cosines = self.leading[:, : before.shape[-2]].swapaxes(-1, -2) @ before
+        least = xp.linalg.eigvalsh(cosines.swapaxes(-1, -2) @ cosines)[:, 0]
+        return xp.sqrt(xp.clip(1 - least, 0, None))
 
     def _gain(self, now: Array, before: Array, rank: int) -> Array:
         """What the leading Ritz values won, beyond what rounding alone may add to each."""

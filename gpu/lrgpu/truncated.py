@@ -32,6 +32,7 @@ _SMALL = 128  # rows or columns below which LAPACK takes no longer than the book
 _LARGEST_RANK = 0.25  # share of min(m, n): above it LAPACK is faster
 _GRAM_RANKS = ((1e-2, 0.13), (1e-3, 0.09), (0.0, 0.045))  # tolerances, and the share from which on a Gram is faster
 _GRAM_TOLERANCE = 1e-4  # the excess that a Gram in float32 tells from none
+_SETTLED = 1e-4  # angle by which a space may still turn in a cycle where the tolerance is no more than that
 _DIFFERENCE = 1e-2  # ||D||^2 - sum S^2 below this share of ||D||^2 is summed term by term: V is orthonormal to 1e-6
 _NEGLIGIBLE = 1e-12  # of ||D||^2: the rounding of D
 _BLOCKS = 6  # blocks of a basis before a rule that is undecided gets wider ones
@@ -72,7 +73,9 @@ def truncated_svd(
         matrix: (..., m, n), float32 or float64. Only read.
         rank: k; more than min(m, n) is taken as min(m, n).
         tolerance: the share by which ||D - U S Vh|| may exceed its least possible value (or 1e-6 ||D||, if
-            that is more). Below 1e-4 it is not told from 1e-4 where a float32 Gram is taken; see ``excess``.
+            that is more). Below 1e-4 it is not told from 1e-4 where a float32 Gram is taken; see ``excess``. From
+            there down the directions are right too, also the last ones, but for rounding: at a tolerance of 1e-5
+            alone the last of 50 may be turned halfway into the next, which whitening turns into percents.
         squared_norm: ||D||^2 if it is known (a number, or an array of the leading shape), else summed here.
         seeds: for the sketch; one for all matrices of the batch, or one for each. A matrix gives the same
             result alone and in a batch, up to rounding.
@@ -211,8 +214,9 @@ def _good_enough(krylov: Krylov, rank: int, tolerance: float) -> tuple[Array, Ar
     """(whether the error is within tolerance of the best, estimate of its relative excess), each (b,)."""
     xp = backend.of(krylov.D).xp
     to_come, left = krylov.outlook(rank)
+    settled = krylov.turned(rank) <= _SETTLED if tolerance <= _GRAM_TOLERANCE else to_come >= 0
     negligible = max((8 * xp.finfo(krylov.D.dtype).eps) ** 2, 2.0**-46) * krylov.squared_norm
-    done = (to_come <= left * (1 - (1 + tolerance) ** -2)) | (to_come <= negligible)
+    done = (to_come <= left * (1 - (1 + tolerance) ** -2)) & settled | (to_come <= negligible)
     best = xp.clip(left - to_come, 1e-300, None)
     return done, xp.where(to_come < left, xp.sqrt(left / best) - 1, 0.0)
 

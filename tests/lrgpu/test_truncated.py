@@ -246,3 +246,15 @@ def test_large_rank_from_a_gram(shape: tuple[int, int], spectrum: str):
     assert float(found.residual) == pytest.approx(residual, rel=1e-4)
     for vectors in (found.U.mT, found.Vh):
         torch.testing.assert_close(vectors @ vectors.mT, torch.eye(rank), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [8, 12, 40])  # 40 of 400 by a Gram, the others by a Krylov basis
+@pytest.mark.parametrize("name", ["i^-1", "i^-0.5", "gaussian", "lora merged in bf16"])
+def test_a_tight_tolerance_finds_the_last_direction_too(name, rank):
+    matrix = SPECTRA[name]
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found = truncated_svd(matrix, rank, tolerance=1e-5)
+    gap = float((S[rank - 1] - S[rank]) / S[0])
+    for exact, own in ((U[:, :rank], double(found.U)), (Vh[:rank].mT, double(found.Vh).mT)):
+        outside = own - exact @ (exact.mT @ own)
+        assert torch.linalg.matrix_norm(outside, 2) <= 2e-4 + 1e-6 / gap
