@@ -136,7 +136,7 @@ class Krylov:
     def turned(self, rank: int) -> Array:
         """The sine (b,) of the largest angle by which the space of the first ``rank`` has turned since the last call.
 
-        1 at the first call. Energies say little of directions: turning the last of them into the next costs almost none.
+        1 at the first call. Energy does not tell: it hardly changes when the last direction turns into the next.
         """
         xp = backend.of(self.D).xp
         before = self.leading
