@@ -71,7 +71,8 @@ def show(made: dict[str, Any], *, verbose: bool) -> None:
     # Never "0.0 s": a merge of small tensors is short, and how short is no matter.
     time = f"about {duration(max(made['seconds'], 0.1))} of arithmetic" if made["seconds"] else "no arithmetic"
     out.print(
-        f"{made['method']} of {len(made['models'])} {what}: {states}; {to_read(made['read_bytes'], made['download_bytes'])}{written}, "
+        f"{made['method']} of {len(made['models'])} {what}: {states}; "
+        f"{to_read(made['read_bytes'], made['download_bytes'])}{written}, "
         f"{made['batches']} batches on {made['device']} with {made['workers']} workers, {time}, peak memory "
         f"{size(made['peak_bytes'])}",
         soft_wrap=True,

@@ -3,7 +3,8 @@
 A trial goes through the stages of the run itself, on the plan's device with all its workers, so the method, the number
 of models, their dtypes and what the workers take from each other are in it. Models are known by their headers alone,
 so random numbers stand for them; of adapters the factors are at hand. What is not counted: reading and writing, which
-the disk and the page cache decide, and vectors, biases and saved values, which are small.
+the disk and the page cache decide; vectors, biases and saved values, which are small; and what turns an adapter of
+another type than LoRA into a change.
 
 For matrices (m, n) the work of most methods is m n, of spectral ones m n min(m, n) (``Method.spectral``); factors
 are tried as they are. How fast it is done differs with the size, so an estimate is right within a factor of two.
@@ -45,11 +46,12 @@ from mergekit_lr.verbs.merge.plan import MergePlan, in_blocks, is_copy, used_by
 from mergekit_lr.verbs.merge.sources import Input, open_source
 
 MOMENT = 0.1  # seconds that a trial aims at
-LONG = 0.5  # seconds of a first round that make a second one needless
+LONG = 1.0  # seconds of a first round beside which warming up (imports, memory) is little: no second one
 ROUNDS = 8  # of a trial, at most
 SIDES = {"cpu": 384, "cuda": 2048}  # of a trial's matrices under spectral methods, the smaller one at most
 BLOCKS = 16 * STEP  # elements of a trial's matrices that go in blocks, at most
 WHOLE = 8 * STEP  # of others; a device that has larger blocks gets one of those
+NAME = "layer.weight"  # of random numbers
 
 
 class Trial(NamedTuple):
@@ -97,7 +99,8 @@ def _of_models(plan: MergePlan) -> Iterator[float]:
     """Seconds of each kind of job: what its inputs are, and whether it goes in blocks."""
     groups: dict[Hashable, list[Job]] = defaultdict(list)
     for job in plan.jobs:
-        if len(plan.outputs[job.name][1]) > 1 and not is_copy(plan.recipe, job):
+        shape = plan.outputs[job.name][1]
+        if len(shape) > 1 and math.prod(shape) and not is_copy(plan.recipe, job):
             dtypes = tuple(item.header[0] for item in used_by(plan.recipe, job))
             groups[in_blocks(plan.recipe, job), dtypes, len(job.inputs)].append(job)
     for jobs in groups.values():
@@ -124,7 +127,7 @@ def _merging(plan: MergePlan, job: Job, shape: tuple[int, int]) -> Trial:
 
     def model(like: Input, seed: int = 0) -> Input:
         tensor = origin + 0.1 * _normal(shape, seed=seed) if seed else origin
-        return Input(open_source(Checkpoint.from_tensors({job.name: tensor.to(like.header[0])})), job.name)
+        return Input(open_source(Checkpoint.from_tensors({NAME: tensor.to(like.header[0])})), NAME)
 
     inputs = tuple(model(one, i) for i, one in enumerate(job.inputs, 1))
     base = model(job.base) if job.base is not None else None
@@ -152,7 +155,8 @@ def _of_adapters(plan: AdapterPlan) -> Iterator[float]:
     for steps in groups.values():
         largest = max(steps, key=work)
         made = replace(largest, given=tuple(one() if callable(one) else one for one in largest.given))
-        own = _corner(made, _sides(plan, *made.size[-2:], spectral)) if is_dense(plan.recipe, made) else made
+        *_, m, n = made.size
+        own = _corner(made, _sides(plan, m, n, spectral)) if is_dense(plan.recipe, made) else made
         trial = Trial((_batch(own),), stages.read, stages.compute, stages.write)
         yield sum(map(work, steps)) / work(own) * _once(trial, _workers(plan))
     if plan.kind == "model" and changes:
@@ -177,12 +181,12 @@ def _baking(plan: AdapterPlan, changes: list[Step]) -> float:
     *_, m, n = max((step.size for step in changes), key=lambda size: math.prod(size[-2:]))
     rows, columns = _sides(plan, m, n, spectral=False)
     ranks = [sum(one.rank for one in step.given if isinstance(one, LowRank)) for step in changes]
-    rank = plan.recipe.document.output.rank or max(ranks) or min(rows, columns)
+    rank = plan.recipe.document.output.rank or max(ranks) or 1
     delta = LowRank(_normal((rank, columns), seed=1), _normal((rows, rank), seed=2))
     dtype = next((info.dtype for info in plan.base.tensors.values() if len(info.shape) > 1), torch.float32)
-    base = Checkpoint.from_tensors({"layer.weight": _normal((rows, columns), seed=0).to(dtype)})
+    base = Checkpoint.from_tensors({NAME: _normal((rows, columns), seed=0).to(dtype)})
     options = {key: plan.options[key] for key in ("dtype", "device", "threads")}
-    onto = plan_apply(base, [(Adapter({"layer.weight": AdaptedWeight(Kind.LINEAR, delta)}), 1.0)], **options)
+    onto = plan_apply(base, [(Adapter({NAME: AdaptedWeight(Kind.LINEAR, delta)}), 1.0)], **options)
     stages = Application.of(onto, MemoryOutput(onto.outputs, {}), Unused())
     trial = Trial(onto.schedule.batches, stages.read, stages.compute, stages.write)
     return sum(math.prod(step.size) for step in changes) / (rows * columns) * _once(trial, _workers(plan))
