@@ -7,13 +7,15 @@ delta loses its part in the leading k x k block and along every u_i v_i^T:
 
 which leaves it orthogonal to tau. Then the whole model is scaled to the mean norm of the task vectors so far.
 Memory is one model, however many are merged; of factors everything stays factors, of growing rank.
+
+A merge does not show by what it was scaled. Whoever wants another model to join it later keeps a ``Tally`` beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,17 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.errors import MismatchError, UsageError
 from mergekit_lr.methods.delta import Delta, combine, squared_norm, stacked, triplets, unstacked, widened
 from mergekit_lr.methods.registry import method
+
+
+class Tally(NamedTuple):
+    """What must be known of a merged matrix, beside it, for another model to join.
+
+    scale, mean_norm, count: as of :class:`Continual`, of this matrix alone.
+    """
+
+    scale: float
+    mean_norm: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,29 @@ def project(delta: Delta, merged: Delta, *, alpha: float) -> Delta:
     return widened(delta) - U @ removed @ Vh
 
 
-def running_sum(deltas: Sequence[Delta], /, **_: Any) -> Delta:
+def running_sum(
+    deltas: Sequence[Delta],
+    /,
+    *,
+    continued: bool = False,
+    earlier: Sequence[Tally] = (),
+    tallies: list[Tally] | None = None,
+    **_: Any,
+) -> Delta:
     """The same without projection, for vectors."""
-    return _merged(deltas, alpha=0.5, matrices=())
+    return _merged(deltas, 0.5, (), earlier if continued else None, tallies)
 
 
 @method("opcm", paper="2501.09522", takes="deltas", vectors=running_sum, factored=True, spectral=True)
-def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
+def opcm(
+    deltas: Sequence[Delta],
+    /,
+    *,
+    alpha: float = 0.5,
+    continued: bool = False,
+    earlier: Sequence[Tally] = (),
+    tallies: list[Tally] | None = None,
+) -> Delta:
     """Merges one model after the other, each without its part along those before. Vectors are added whole.
 
     Here the norm that is kept is the tensor's own. :func:`begin` and :func:`merge_next` do the same for a whole model,
@@ -121,6 +150,10 @@ def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
     Args:
         deltas: T tensors (..., m, n), or T ``LowRank``, in the order in which they are merged.
         alpha: the share of the nuclear norm whose directions are protected.
+        continued: the first model is an earlier merge by opcm, which the others join; the lrmerge.json beside it says
+            how many models are in it and how they were scaled.
+        earlier: that of each matrix of the first input, where ``continued``; or one for all.
+        tallies: a list that gets the same of each matrix of the result.
 
     Use when:
         Models come one after the other and earlier ones are no longer at hand.
@@ -134,16 +167,33 @@ def opcm(deltas: Sequence[Delta], /, *, alpha: float = 0.5) -> Delta:
     Example:
         {alpha: 0.5}
     """
-    return _merged(deltas, alpha=alpha, matrices=("",))
+    return _merged(deltas, alpha, ("",), earlier if continued else None, tallies)
 
 
-def _merged(deltas: Sequence[Delta], *, alpha: float, matrices: Collection[str]) -> Delta:
-    if len(deltas[0].shape) > 2:  # a batch: each matrix has a norm of its own
-        return stacked([_merged(one, alpha=alpha, matrices=matrices) for one in unstacked(deltas)], deltas[0])
-    state = begin({"": deltas[0]})
-    for delta in deltas[1:]:
-        state = merge_next(state, {"": delta}, alpha=alpha, matrices=matrices)
-    return state.deltas[""]
+def _merged(
+    deltas: Sequence[Delta],
+    alpha: float,
+    matrices: Collection[str],
+    earlier: Sequence[Tally] | None,
+    tallies: list[Tally] | None,
+) -> Delta:
+    batched = len(deltas[0].shape) > 2  # each matrix has a norm of its own
+    batch = unstacked(deltas) if batched else [deltas]
+    starts = [None] * len(batch) if earlier is None else list(earlier) * (len(batch) if len(earlier) == 1 else 1)
+    if len(starts) != len(batch):
+        raise UsageError(
+            f"opcm: 'continued' needs a tally in 'earlier' for each of the {len(batch)} matrices of the first model, "
+            f"got {len(earlier or ())}"
+        )
+    merged = []
+    for (first, *others), start in zip(batch, starts, strict=True):
+        state = begin({"": first}) if start is None else Continual({"": first}, *start)
+        for delta in others:
+            state = merge_next(state, {"": delta}, alpha=alpha, matrices=matrices)
+        merged.append(state.deltas[""])
+        if tallies is not None:
+            tallies.append(Tally(state.scale, state.mean_norm, state.count))
+    return stacked(merged, deltas[0]) if batched else merged[0]
 
 
 def _norm(deltas: Mapping[str, Delta]) -> float:

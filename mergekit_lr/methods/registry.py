@@ -41,7 +41,8 @@ Number: TypeAlias = Annotated[Any, Numeric()]
 PerModel: TypeAlias = Annotated[Any, Numeric(per_model=True)]
 Share: TypeAlias = Annotated[Any, Numeric(per_model=True, low=0.0, high=1.0)]
 
-_PROVIDED = ("base", "keys", "start", "measured")  # not parameters of a user: given by whoever runs the method
+# Not parameters of a user: given by whoever runs the method.
+_PROVIDED = ("base", "keys", "start", "measured", "earlier", "tallies")
 _ALIASES = {"weight": "weights", "lambda": "scale"}  # mergekit's names
 
 
@@ -76,8 +77,9 @@ class Method:
     (``measured``): a tensor is then merged a block at a time (``mergekit_lr.methods.blocks``). keeps: the most bytes
     that the pass keeps of a tensor. basis: what the result in a space depends on: its "own" basis, "any" orthonormal
     one alike, or "none" (linear rules). spectral: its work on matrices (m, n) is SVDs or products of such, m n
-    min(m, n), and not m n: what a plan's estimate of time goes by. base: "required", "optional" or "none" for a
-    method on weights. models: least and most inputs. inner: its further parameters are those of another method.
+    min(m, n), and not m n: what a plan's estimate of time goes by. continues: more models can join its result
+    later, with what it puts into ``tallies``: ``earlier`` of the next call. base: "required", "optional" or "none" for
+    a method on weights. models: least and most inputs. inner: its further parameters are those of another method.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Method:
     keeps: int
     basis: str
     spectral: bool
+    continues: bool
     base: str
     models: tuple[int, int | None]
     inner: bool
@@ -156,6 +159,7 @@ def method(
             keeps=keeps,
             basis=basis,
             spectral=spectral,
+            continues="tallies" in signature.parameters,
             base="none" if base is None else "required" if base.default is base.empty else "optional",
             models=models,
             inner=inner,

@@ -19,7 +19,8 @@ class MergedTensor:
 
     state: merged, copied, converted or aligned. rule: the method with its parameters, in words. squared_norm: of its
     distance from the base (from the first model where there is none; of an adapter's delta itself). rounding: squared
-    norm of what rounding changed, or of what truncation cut off. rank: of an adapter's module.
+    norm of what rounding changed, or of what truncation cut off. rank: of an adapter's module. opcm: of a merge by
+    opcm, what a later one goes on from: the count of models, and for each matrix the scale and the mean norm.
     """
 
     name: str
@@ -29,6 +30,7 @@ class MergedTensor:
     squared_norm: float
     rounding: float
     rank: int | None = None
+    opcm: dict[str, Any] | None = None
 
     @property
     def norm(self) -> float:

@@ -19,12 +19,14 @@ from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.methods.delta import Delta, as_dense, widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
+from mergekit_lr.methods.opcm import Tally
 from mergekit_lr.verbs.apply.change import squared
 from mergekit_lr.verbs.convert.plan import HOLDS_ADDED
 from mergekit_lr.verbs.merge.adapter_parts import Step
 from mergekit_lr.verbs.merge.adapter_plan import AdapterPlan
 from mergekit_lr.verbs.merge.adapter_rules import TRUNCATING, in_full
 from mergekit_lr.verbs.merge.adapter_values import row_lengths
+from mergekit_lr.verbs.merge.earlier import record
 
 
 class Done(NamedTuple):
@@ -65,16 +67,18 @@ class AdapterMerging:
             parts = (one.A, one.B) if isinstance(one, LowRank) else () if one is None else (one,)
             if not all(math.isfinite(float(part.sum(dtype=torch.float32))) for part in parts):
                 raise FormatError(f"{source.ref}: {step.label} holds NaN or Inf; the adapter is damaged")
-        done = self._value(step, given) if step.part in ("saved", "rows", "magnitude") else self._change(step, given)
+        tallies: list[Tally] = []
+        stage = self._value if step.part in ("saved", "rows", "magnitude") else self._change
+        done = stage(step, given, tallies)
         self._check_finite(step, done.figures["norm"])
-        return done
+        return done._replace(figures=done.figures | record(tallies))
 
     def _check_finite(self, step: Step, norm: float) -> None:
         if not math.isfinite(norm):
             name = self.plan.recipe.method.name
             raise FormatError(f"{step.label}: {name} gives NaN or Inf with {step.arguments}; choose other parameters")
 
-    def _change(self, step: Step, given: list[Delta | None]) -> Done:
+    def _change(self, step: Step, given: list[Delta | None], tallies: list[Tally]) -> Done:
         """A difference: in factors, truncated where the recipe names a rank; or in full where it can stay so."""
         deltas = [step.zero() if one is None else one for one in given]
         name, arguments = self.plan.recipe.method.name, dict(step.arguments)
@@ -86,7 +90,7 @@ class AdapterMerging:
         if not all(isinstance(delta, LowRank) for delta in deltas):
             space = "full"
             name, arguments = in_full(self.plan.recipe.method, step.arguments)
-        merged = self._merged(step, name, deltas, space, arguments)
+        merged = self._merged(step, name, deltas, space, arguments, tallies)
         if len(step.size) < 2 or (isinstance(merged, Tensor) and rank is None and self._holds_full):
             full = as_dense(merged)
             own = full if len(step.size) < 2 or step.shape is None else from_matrix(full, step.kind, step.shape)
@@ -100,26 +104,34 @@ class AdapterMerging:
         figures = {"norm": cut.norm, "lost": cut.lost} | ({"energy": energy} if energy is not None else {})
         return Done({"A": folded.A.cpu(), "B": folded.B.cpu()}, figures)
 
-    def _value(self, step: Step, given: list[Any]) -> Done:
+    def _value(self, step: Step, given: list[Any], tallies: list[Tally]) -> Done:
         """A value: the base's, changed by the merged differences from it; without a base the weighted mean."""
         stored = next((one.dtype for one in step.given if isinstance(one, Tensor)), torch.float32)
         values = [None if one is None else self._matrix(step, one) for one in given]
         if step.averaged:
             weights = step.arguments.get("weights", 1.0)
-            merged = self._merged(step, "linear", values, "full", {"weights": weights})
+            if self.plan.recipe.method.continues:  # an earlier merge counts as the models that are in it
+                already = step.earlier[0].count if step.earlier else 1
+                weights = [already, *[1.0] * (len(values) - 1)]
+                tallies.append(Tally(scale=1.0, mean_norm=0.0, count=already + len(values) - 1))
+            merged = self._merged(step, "linear", values, "full", {"weights": weights}, [])
             change = merged
         else:
             origin = self._origin(step)
             deltas = [torch.zeros_like(origin) if one is None else widened(one) - origin for one in values]
             name, arguments = in_full(self.plan.recipe.method, step.arguments)
-            change = as_dense(self._merged(step, name, deltas, "full", arguments))
+            change = as_dense(self._merged(step, name, deltas, "full", arguments, tallies))
             merged = origin.to(change.device) + change
         own = from_matrix(merged, step.kind, step.size) if step.part == "saved" else merged
         tensors = {"full": own.to(stored).contiguous().cpu()}
         return Done(tensors, {"norm": squared(change), "lost": 0.0})
 
-    def _merged(self, step: Step, name: str, inputs: list[Any], space: Any, arguments: dict[str, Any]) -> Any:
-        device = self.plan.resources.device
+    def _merged(
+        self, step: Step, name: str, inputs: list[Any], space: Any, arguments: dict[str, Any], tallies: list[Tally]
+    ) -> Any:
+        """The merged inputs; of a method that can be continued with what is needed for that in ``tallies``."""
+        device, method = self.plan.resources.device, self.plan.recipe.method
+        provided = {"earlier": step.earlier, "tallies": tallies} if method.continues and name == method.name else {}
         try:
             return merge_tensors(
                 name,
@@ -128,6 +140,7 @@ class AdapterMerging:
                 seed=self.plan.seed,
                 name_of_tensor=step.label,
                 **arguments,
+                **provided,
             )
         except LrmergeError as error:
             raise type(error)(f"{step.label}: {error}") from None

@@ -26,6 +26,7 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.parameter import Kind, Parameter
 from mergekit_lr.errors import MismatchError
 from mergekit_lr.methods.delta import Delta
+from mergekit_lr.methods.opcm import Tally
 from mergekit_lr.verbs.adapter_source import Base
 from mergekit_lr.verbs.merge.adapter_sources import Made, Opened, parameter_of
 
@@ -39,7 +40,8 @@ class Step:
 
     name: of the parameter. kind, shape: of its weight, the shape where it is known. size: of what is merged, (..., m,
     n) for a matrix in the layout of ``nn.Linear``, (n,) for a vector. given: by each adapter; None where it has none.
-    arguments: of the method. origin: the base's parameter that a value replaces. rows: of a table.
+    arguments: of the method. origin: the base's parameter that a value replaces. rows: of a table. earlier: how each
+    matrix of the first adapter came about, where the recipe continues a merge.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Step:
     arguments: dict[str, Any]
     origin: Parameter | None = None
     rows: tuple[int, ...] = ()
+    earlier: tuple[Tally, ...] = ()
 
     @property
     def label(self) -> str:

@@ -27,6 +27,7 @@ from mergekit_lr.verbs.merge.adapter_parts import Step
 from mergekit_lr.verbs.merge.adapter_rules import check_places, is_dense, rule_of
 from mergekit_lr.verbs.merge.adapter_sources import Opened, open_adapters
 from mergekit_lr.verbs.merge.adapter_steps import steps_of
+from mergekit_lr.verbs.merge.earlier import continued_steps
 from mergekit_lr.verbs.merge.plan import chosen_dtype
 
 
@@ -151,7 +152,7 @@ def plan_adapters(
     folded = kind == "model" or doc.output.dora == "fold"
     opened = open_adapters(refs, given, onto, fold=folded, fuse=kind == "model")
     every = steps_of(recipe, opened, onto)
-    steps = [step for step in every if recipe.wants(step.name)]
+    steps = continued_steps(recipe, opened, [step for step in every if recipe.wants(step.name)], onto)
     if not steps:
         raise recipe.place.error(("targets",), "leaves nothing of the adapters to merge")
     left_out = dict.fromkeys(step.label for step in every if not recipe.wants(step.name))

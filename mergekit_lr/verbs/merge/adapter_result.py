@@ -161,9 +161,9 @@ def _figures(plan: AdapterPlan, journal: Journal, adapter: Adapter, lost: dict[s
     for step in plan.steps:
         weight = adapter.weights.get(step.name) if step.part == "change" else None
         rank = weight.delta.rank if weight is not None else None
+        rule, figures = plan.rules[step.label], journal.figures[step.label]
         # An average of values, without a base, is no change of a size.
-        norm = 0.0 if step.averaged else journal.figures[step.label]["norm"]
-        rule = plan.rules[step.label]
-        merged.append(MergedTensor(step.label, step.size, "merged", rule, norm, lost[step.label], rank))
+        norm, opcm = 0.0 if step.averaged else figures["norm"], figures.get("opcm")
+        merged.append(MergedTensor(step.label, step.size, "merged", rule, norm, lost[step.label], rank, opcm))
     left = [label for label, state in plan.states.items() if state != "merged"]
     return (*merged, *(MergedTensor(label, (), plan.states[label], plan.rules[label], 0.0, 0.0) for label in left))

@@ -16,7 +16,9 @@ from mergekit_lr.graph.journal import Journal
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.methods.delta import widened
 from mergekit_lr.methods.merge_tensors import merge_tensors
+from mergekit_lr.methods.opcm import Tally
 from mergekit_lr.verbs.apply.change import squared
+from mergekit_lr.verbs.merge.earlier import record
 from mergekit_lr.verbs.merge.layers import Job
 from mergekit_lr.verbs.merge.plan import MergePlan, in_blocks, is_copy, used_by
 from mergekit_lr.verbs.merge.streaming import stream
@@ -58,8 +60,13 @@ class Merging:
             return [Done(None, stream(self.plan, jobs[0], self.output))]
         if is_copy(self.plan.recipe, jobs[0]):
             return [self._stored(job, held[0], held) for job, held in zip(jobs, inputs, strict=True)]
-        merged = self._merged(jobs, inputs)
-        return [self._stored(job, one, held) for job, one, held in zip(jobs, merged, inputs, strict=True)]
+        tallies: list[Tally] = []
+        merged = self._merged(jobs, inputs, tallies)
+        done = [self._stored(job, one, held) for job, one, held in zip(jobs, merged, inputs, strict=True)]
+        each = len(tallies) // len(jobs)  # one for every matrix of a tensor
+        return [
+            one._replace(figures=one.figures | record(tallies[i * each : (i + 1) * each])) for i, one in enumerate(done)
+        ]
 
     def write(self, batch: Batch, done: list[Done]) -> None:
         """Put every tensor at its place, then say in the journal that it is there."""
@@ -69,8 +76,10 @@ class Merging:
         for node, one in zip(batch.nodes, done, strict=True):
             self.journal.add(node.name, {}, one.figures)
 
-    def _merged(self, jobs: list[Job], inputs: list[list[Tensor]]) -> list[Tensor]:
-        job, shape, device = jobs[0], inputs[0][0].shape, self.plan.resources.device
+    def _merged(self, jobs: list[Job], inputs: list[list[Tensor]], tallies: list[Tally]) -> list[Tensor]:
+        """The merged tensors; of a method that can be continued with what is needed for that in ``tallies``."""
+        job, shape = jobs[0], inputs[0][0].shape
+        device, method = self.plan.resources.device, self.plan.recipe.method
         vectors = len(shape) < 2
         names = [job.name for job in jobs]
         if len(jobs) == 1:
@@ -81,11 +90,13 @@ class Merging:
             columns = [torch.stack(column).to(device) for column in zip(*inputs, strict=True)]
         models = columns[: len(job.inputs)]
         base = widened(columns[-1]) if job.base is not None else None
+        earlier = [tally for job in jobs for tally in job.earlier]
+        provided: dict[str, Any] = {"earlier": earlier, "tallies": tallies} if method.continues else {}
         # The result has the dtype of the first input: wide, so that it is rounded once, on write.
         models[0] = widened(models[0])
         try:
             merged = merge_tensors(
-                self.plan.recipe.method.name,
+                method.name,
                 models,
                 base=base,
                 seed=self.plan.seed,
@@ -93,6 +104,7 @@ class Merging:
                 models=[f"{i}" for i in range(len(models))],
                 vectors=vectors and len(jobs) > 1,
                 **job.arguments,
+                **provided,
             )
         except LrmergeError as error:
             raise type(error)(f"{names[0]}: {error}") from None

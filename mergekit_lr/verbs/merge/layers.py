@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mergekit_lr.errors import MismatchError
+from mergekit_lr.methods.opcm import Tally
 from mergekit_lr.recipe.parameters import arguments, renamed
 from mergekit_lr.recipe.reading import Module, Path_, Recipe
 from mergekit_lr.verbs.merge.alignment import Alignment
@@ -43,7 +44,8 @@ class Job:
 
     inputs: of each model that is merged. base: what deltas are relative to, if anything. arguments: of the method.
     template: whose header the result has. merged: False for a tensor that ``targets`` leaves as the template's.
-    alignment: how a table's rows come to the order of the result's vocabulary, where they are in another.
+    alignment: how a table's rows come to the order of the result's vocabulary, where they are in another. earlier: how
+    each matrix of the first input came about, where the recipe continues a merge.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Job:
     template: Input
     merged: bool = True
     alignment: Alignment | None = None
+    earlier: tuple[Tally, ...] = ()
 
     def parts(self, used: Sequence[Input]) -> Callable[[Input, int, int], Tensor]:
         """What reads elements [start, stop) of one of ``used``, counted flat in the order of the result's rows."""

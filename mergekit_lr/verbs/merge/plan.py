@@ -25,6 +25,7 @@ from mergekit_lr.verbs.compare import CompareReport
 from mergekit_lr.verbs.merge.alignment import Alignment
 from mergekit_lr.verbs.merge.chat import chat_template
 from mergekit_lr.verbs.merge.config import merged_config, renumbered
+from mergekit_lr.verbs.merge.earlier import continued_jobs
 from mergekit_lr.verbs.merge.layers import Job, Slice, jobs_of, modules_of, slices_of
 from mergekit_lr.verbs.merge.sources import Input, Source, open_source
 from mergekit_lr.verbs.merge.tokenizer import note_on_tokens
@@ -134,7 +135,7 @@ def plan_models(
     vocabulary = vocabulary_of(recipe, sources, template)
     if vocabulary is not None:
         options["vocabulary"] = vocabulary.digest
-    jobs = tuple(job for _, own in modules for job in jobs_of(recipe, own, vocabulary))
+    jobs = tuple(job for _, own in modules for job in continued_jobs(recipe, jobs_of(recipe, own, vocabulary)))
     outputs = {job.name: _header(job, DTYPES[dtype] if dtype else None) for job in jobs}
     available = resources(device=device, memory=memory, threads=threads)
     return MergePlan(

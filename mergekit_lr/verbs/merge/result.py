@@ -44,6 +44,7 @@ def report_of(plan: MergePlan, journal: Journal, out: str | None, started: float
                 rule=plan.rules[name],
                 squared_norm=figures[name].get("change", 0.0),
                 rounding=figures[name].get("rounding", 0.0),
+                opcm=figures[name].get("opcm"),
             )
             for name, state in plan.states.items()
         ),

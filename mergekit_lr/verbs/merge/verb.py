@@ -210,11 +210,13 @@ def _fingerprint(plan: MergePlan | AdapterPlan) -> str:
     options = {k: v for k, v in plan.options.items() if k not in ("memory", "device", "threads")}
     if isinstance(plan, AdapterPlan):
         checkpoints, adapters = [plan.base] if plan.base else [], [one.files for one in plan.adapters]
+        earlier = [step.earlier for step in plan.steps]
     else:
         checkpoints = [source.checkpoint for source in plan.sources.values()]
         adapters = [source.files for source in plan.sources.values() if source.applied is not None]
+        earlier = [job.earlier for job in plan.jobs]
     states = [*map(state, checkpoints), *map(state_of_files, adapters)]
-    return fingerprint(plan.recipe.content, options, states, versions())
+    return fingerprint(plan.recipe.content, options, states, earlier, versions())
 
 
 def _with_results(recipe: Recipe, made: Mapping[str, str]) -> Recipe:
