@@ -131,7 +131,8 @@ def _merging(plan: MergePlan, job: Job, shape: tuple[int, int]) -> Trial:
 
     inputs = tuple(model(one, i) for i, one in enumerate(job.inputs, 1))
     base = model(job.base) if job.base is not None else None
-    own = replace(job, inputs=inputs, base=base, template=base or inputs[0], alignment=None)
+    template = base or inputs[0]
+    own = replace(job, inputs=inputs, base=base, template=template, alignment=None, earlier=job.earlier[:1])
     stages = Merging(replace(plan, outputs=outputs), MemoryOutput(outputs, {}), Unused())
     return Trial((_batch(own),), stages.read, stages.compute, stages.write)
 
@@ -172,7 +173,8 @@ def _corner(step: Step, sides: tuple[int, int]) -> Step:
             return replace(one, A=one.A[(*stack, slice(None), columns)], B=one.B[(*stack, rows)])
         return None if one is None else one[(*stack, rows, columns)]
 
-    return replace(step, given=tuple(map(cut, step.given)), size=(*[1] * len(stack), *sides), shape=None)
+    given, size = tuple(map(cut, step.given)), (*[1] * len(stack), *sides)
+    return replace(step, given=given, size=size, shape=None, earlier=step.earlier[:1])
 
 
 def _baking(plan: AdapterPlan, changes: list[Step]) -> float:
