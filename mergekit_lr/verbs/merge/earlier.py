@@ -25,6 +25,7 @@ from mergekit_lr.verbs.merge.adapter_sources import Opened
 from mergekit_lr.verbs.merge.layers import Job
 
 PLACE: Path_ = ("parameters", "continued")  # of the recipe, for errors
+_NONE = "is no merge by opcm that can go on"
 
 
 def record(tallies: Sequence[Tally]) -> dict[str, Any]:
@@ -76,12 +77,14 @@ class Earlier:
         Raises:
             MismatchError: the manifest has none of it.
         """
-        if name not in self.tallies:
+        bare = name.partition(".")[2]  # files of picture models put a component before it
+        found = self.tallies.get(name) or self.tallies.get(bare)
+        if found is None:
             raise MismatchError(
                 f"{self.ref}: its {FILE} does not say how opcm scaled {name}; merge it again with this version, or "
                 "leave the tensor out with targets: exclude"
             )
-        return self.tallies[name]
+        return found
 
 
 def continued_jobs(recipe: Recipe, jobs: Iterable[Job]) -> Iterator[Job]:
@@ -97,7 +100,9 @@ def continued_jobs(recipe: Recipe, jobs: Iterable[Job]) -> Iterator[Job]:
             continue
         source, name = job.inputs[0]
         if source.ref not in known:
-            folder = source.checkpoint.folder if source.applied is None else None
+            if source.applied is not None:
+                raise recipe.place.error(PLACE, f"{source.ref} {_NONE}: it has a LoRA on it")
+            folder = source.checkpoint.folder
             base = job.base.source.checkpoint if job.base is not None else None
             files = [folder / FILE] if folder is not None else []
             known[source.ref] = _read(recipe, source.ref, len(job.inputs), files, base)
@@ -132,17 +137,17 @@ def _read(recipe: Recipe, ref: str, inputs: int, files: Sequence[Path], base: Ch
         raise recipe.place.error(PLACE, f"{ref} is all there is; list what joins it behind it")
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise recipe.place.error(PLACE, f"{ref} is no merge by opcm that can go on: no {FILE} lies beside it")
+        raise recipe.place.error(PLACE, f"{ref} {_NONE}: no {FILE} lies beside it")
     content = read_config(file)
     made = " ".join(str(content[key]) for key in ("verb", "method") if key in content)
     if made != "merge opcm":
-        raise recipe.place.error(PLACE, f"{ref} is no merge by opcm that can go on: {file} is of {made or 'no run'}")
+        raise recipe.place.error(PLACE, f"{ref} {_NONE}: {file} is of {made or 'no run'}")
     try:
         said = _Manifest.model_validate(content)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FormatError(f"{file}: {where}: {first['msg'].lower()}; the manifest is damaged") from None
+        where, what = ".".join(map(str, first["loc"])), first["msg"].lower().removeprefix("value error, ")
+        raise FormatError(f"{file}: {where}: {what}; the manifest is damaged") from None
     records = {tensor.name: tensor.opcm for tensor in said.tensors if tensor.opcm is not None}
     if not records:
         raise MismatchError(f"{file}: does not say how opcm scaled what it merged; merge {ref} again with this version")
