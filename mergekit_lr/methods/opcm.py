@@ -140,7 +140,8 @@ def opcm(
     """Merges one model after the other, each without its part along those before. Vectors are added whole.
 
     Here the norm that is kept is the tensor's own. :func:`begin` and :func:`merge_next` do the same for a whole model,
-    where the norm is the model's, as in the paper.
+    where the norm is the model's, as in the paper. With ``continued`` a model joins an earlier merge as if it had been
+    there from the start, without the models that are in it already.
 
     Formula:
         tau = U S V^T, what is merged so far
