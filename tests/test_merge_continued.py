@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import refused, save
+from tiny import lrmerge, refused, save
 from torch import Tensor
 
 import mergekit_lr as lr
@@ -187,6 +187,7 @@ def test_a_later_document_continues_an_earlier_one(zoo, tmp_path):
     once = lr.merge(recipe(zoo, MODELS[:3])).result
     assert once is not None
     close(load_file(tmp_path / "out" / "model.safetensors"), once, 1e-5)
+    refused("plan", tmp_path / "steps.yaml", code=2, words=("ab is no merge by opcm", "not made yet"))
 
 
 def test_figures_of_a_tensor_are_in_the_journal(zoo, tmp_path, monkeypatch):
@@ -214,6 +215,11 @@ def test_plans_know_a_continued_merge(zoo, tmp_path):
     plan = lr.plan_merge(recipe(zoo, [tmp_path / "ab", "c"], continued=True))
     assert plan.to_json()["states"] == {"merged": len(SHAPES), "copied": 1}
     assert "continued=True" in plan.rules["w.weight"]
+    stacks = recipe(zoo, [tmp_path / "ab", "c"], continued=True, targets={"include": ["experts"]})
+    (tmp_path / "stacks.yaml").write_text(yaml.safe_dump(stacks))
+    shown = lrmerge("plan", tmp_path / "stacks.yaml")  # tries a step of the plan to say how long it takes
+    assert shown.code == 0, shown.err
+    assert "1 merged: opcm(alpha=0.5, continued=True)" in shown.out
 
 
 def test_tensors_by_hand_need_tallies_and_get_them():
@@ -306,7 +312,7 @@ def test_a_model_that_is_no_merge_cannot_be_continued(zoo, tmp_path):
     adapters = recipe(zoo, ["a-lora", "b-lora"], key="adapter")
     refused("plan", written(tmp_path, adapters, "adapter"), code=2, words=words)
     base, one = (load_file(zoo / name / "model.safetensors") for name in ("base", "a"))
-    with pytest.raises(LrmergeError, match=r"model 0 is no merge by opcm.* no lrmerge\.json lies beside it"):
+    with pytest.raises(LrmergeError, match=r"model 0 is no merge by opcm.* of what is in memory"):
         lr.merge_state_dicts("opcm", base, [one, one], continued=True)
 
 

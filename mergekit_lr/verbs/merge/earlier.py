@@ -137,7 +137,8 @@ def _read(recipe: Recipe, ref: str, inputs: int, files: Sequence[Path], base: Ch
         raise recipe.place.error(PLACE, f"{ref} is all there is; list what joins it behind it")
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise recipe.place.error(PLACE, f"{ref} {_NONE}: no {FILE} lies beside it")
+        where = "lies beside it" if files else "is there of what is in memory, or not made yet"
+        raise recipe.place.error(PLACE, f"{ref} {_NONE}: no {FILE} {where}")
     content = read_config(file)
     made = " ".join(str(content[key]) for key in ("verb", "method") if key in content)
     if made != "merge opcm":
