@@ -15,7 +15,10 @@ import torch
 import yaml
 from hub_server import TOKEN, Hub, Repository, hub
 from huggingface_hub import close_session
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from mergekit_lr.checkpoint import hub as remote
 
@@ -230,6 +233,34 @@ def test_a_mistake_is_told_before_the_download(server, run, tmp_path, large):
     ended = run("merge", slerp(tmp_path, "org/large", "org/other"), tmp_path / "out", "-q")
     assert ended.code == 1, ended
     assert weights_sent(server) < large / 2
+
+
+def words(folder: Path, names: list[str]) -> dict[str, bytes]:
+    """The files of a tokenizer of whole words, in ``folder`` too."""
+    inner = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=names[0]).save_pretrained(folder)
+    return {file.name: file.read_bytes() for file in folder.glob("tokenizer*")}
+
+
+def test_a_tokenizer_of_its_own_repository(server, run, tmp_path):
+    server.repositories["org/words"] = Repository({"main": words(tmp_path / "words", ["b", "a", "new"])})
+    tiny.save(tmp_path / "base", tiny.decoder())
+    words(tmp_path / "base", ["a", "b", *map(str, range(tiny.VOCABULARY - 2))])
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "base"), "parameters": {"weight": 1.0}}]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"dtype": "float32", "tokenizer_source": "org/words"}))
+    ended = run("merge", path, tmp_path / "out", "-q")
+    assert ended.code == 0, ended
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]["b"] == 0
+    table = load_file(tmp_path / "out" / "model.safetensors")[tiny.TABLE]
+    assert torch.equal(table[:2], tiny.decoder()[tiny.TABLE][[1, 0]])
+
+    path.write_text(yaml.safe_dump(recipe | {"dtype": "float32", "tokenizer_source": "org/no-words"}))
+    said(run("merge", path, tmp_path / "none", "-q"), "org/no-words", "no such model")
+    path.write_text(yaml.safe_dump(recipe | {"dtype": "float32", "tokenizer_source": "unoin"}))
+    ended = run("merge", path, tmp_path / "none", "-q")
+    assert ended.code == 2
+    assert "'unoin' is no model of the recipe" in ended.err
 
 
 def test_a_damaged_header_on_the_hub(server, run):

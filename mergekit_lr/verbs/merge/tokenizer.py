@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_lr.checkpoint.checkpoint import read_config
+from mergekit_lr.checkpoint.hub import find
 from mergekit_lr.errors import FormatError, MismatchError, UsageError
 from mergekit_lr.recipe.reading import Recipe
 from mergekit_lr.verbs.apply.result import TOKENIZER
@@ -112,18 +113,19 @@ def choose_tokenizer(
         words: the tokenizer of each model that has one, the template's among them.
 
     Raises:
-        UsageError: the recipe names neither union, base nor a model or folder. MismatchError: that has no tokenizer.
+        UsageError: the recipe names neither union, base nor a place. FormatError, HubError: nothing is there.
+        MismatchError: that has no tokenizer.
     """
     name = wanted(recipe) or "base"
     keeper = name if name in sources else template.ref
     folder = tokenizer_folder(sources[keeper])
     if name not in ("union", "base") and name not in sources:
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
+        if "/" not in name and not Path(name).is_dir():
             key = ("tokenizer", "source") if recipe.document.tokenizer is not None else ("tokenizer_source",)
             raise recipe.place.error(
-                key, f"{name!r} is no model of the recipe and no folder here; choose union, base, a model or a folder"
+                key, f"{name!r} is no model of the recipe; choose union, base, a model, a folder or org/name on the Hub"
             )
+        folder = find(name).path
     if folder is None or not any((folder / file).exists() for file in FILES):
         raise MismatchError(f"{name if folder else keeper}: has no tokenizer.json to take the vocabulary from")
     grows = name == "union" or tokens
