@@ -75,7 +75,7 @@ def gram(deltas: Sequence[Delta]) -> Tensor:
     """The inner products (..., T, T) of all pairs, float64.
 
     Of float32 tensors the products are summed in float32 within a block, pairwise, which keeps 1e-8, and the blocks in
-    float64; a sum that may have underflowed or overflowed is taken again in float64.
+    float64; sums that may have underflowed or overflowed are taken again in float64.
     """
     factors = [delta.folded() for delta in deltas if isinstance(delta, LowRank)]
     if len(factors) == len(deltas):
@@ -83,23 +83,23 @@ def gram(deltas: Sequence[Delta]) -> Tensor:
         return torch.stack(rows, -2)
     dense = [widened(as_dense(delta)) for delta in deltas]
     step = max(1, _BLOCK // max(1, len(dense) * dense[0].shape[-1]))
-    total = dense[0].new_zeros((*dense[0].shape[:-2], len(dense), len(dense)), dtype=torch.float64)
+    places = range(len(dense))
+    total = dense[0].new_zeros((*dense[0].shape[:-2], len(dense) * (len(dense) + 1) // 2), dtype=torch.float64)
     for start in range(0, dense[0].shape[-2], step):
-        block = [d[..., start : start + step, :] for d in dense]
-        for s, left in enumerate(block):
-            for t, right in enumerate(block[: s + 1]):
-                total[..., s, t] += _inner(left, right)
-    lower = total.tril(-1)
-    return total.diagonal(dim1=-2, dim2=-1).diag_embed() + lower + lower.mT
+        total += _inner([d[..., start : start + step, :] for d in dense])
+    # The place of (s, t) among the pairs, and of (t, s).
+    pairs = [[max(s, t) * (max(s, t) + 1) // 2 + min(s, t) for t in places] for s in places]
+    return total[..., torch.tensor(pairs, device=total.device)]
 
 
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product (...) of blocks (..., m, n), float64."""
-    result = (left * right).sum((-2, -1)).double()
-    sizes = result.abs()
-    if bool(((sizes > 1e-30) & (sizes < torch.inf)).all()):
+def _inner(rows: Sequence[Tensor]) -> Tensor:
+    """The inner products of all pairs s >= t of blocks (..., m, n), in that order: (..., T (T + 1) / 2), float64."""
+    pairs = [(left, right) for s, left in enumerate(rows) for right in rows[: s + 1]]
+    result = torch.stack([(left * right).sum((-2, -1)) for left, right in pairs], -1).double()
+    squares = result[..., [s * (s + 3) // 2 for s in range(len(rows))]]
+    if bool(((squares > 1e-30) & (squares < torch.inf)).all()):
         return result
-    return (left.double() * right.double()).sum((-2, -1))
+    return torch.stack([(left.double() * right.double()).sum((-2, -1)) for left, right in pairs], -1)
 
 
 def squared_norm(delta: Delta) -> Tensor:
