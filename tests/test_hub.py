@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from hub_server import TOKEN, Hub, Repository, hub
+from hub_server import TOKEN, Fault, Hub, Repository, hub
 from huggingface_hub import close_session
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
@@ -233,6 +233,15 @@ def test_a_mistake_is_told_before_the_download(server, run, tmp_path, large):
     ended = run("merge", slerp(tmp_path, "org/large", "org/other"), tmp_path / "out", "-q")
     assert ended.code == 1, ended
     assert weights_sent(server) < large / 2
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_header_is_asked_for_again(server, run, tmp_path, large, status):
+    commit = server.repositories["org/large"].commit("main")
+    server.faults.append(Fault("GET", f"{commit}/model.safetensors", status=status, message="later"))
+    ended = run("plan", slerp(tmp_path, "org/large", "org/large-tuned"), "--json")
+    assert ended.code == 0, ended
+    assert server.faults[0].times == 0
 
 
 def words(folder: Path, names: list[str]) -> dict[str, bytes]:
