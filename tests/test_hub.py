@@ -20,7 +20,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from mergekit_lr.adapter import peft_write
+from mergekit_lr.adapter.adapter import AdaptedWeight, Adapter
+from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint import hub as remote
+from mergekit_lr.checkpoint.parameter import Kind
 
 NEVER = "never fetched"
 NOWHERE = "http://127.0.0.1:9"  # the port of discard, where nobody listens
@@ -233,6 +237,25 @@ def test_a_mistake_is_told_before_the_download(server, run, tmp_path, large):
     ended = run("merge", slerp(tmp_path, "org/large", "org/other"), tmp_path / "out", "-q")
     assert ended.code == 1, ended
     assert weights_sent(server) < large / 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind", "needed"), [(False, "adapter", False), (True, "adapter", True), (False, "model", True)]
+)
+def test_a_plan_says_whether_adapters_need_their_base(server, run, tmp_path, large, saved, kind, needed):
+    factors = LowRank(torch.ones(2, 192), torch.ones(192, 2))
+    weight = AdaptedWeight(Kind.LINEAR, factors, (192, 192))
+    values = {tiny.NORM: torch.ones(192)} if saved else {}
+    (tmp_path / "lora").mkdir()
+    peft_write.save(Adapter({"model.layers.0.self_attn.q_proj.weight": weight}, saved=values), tmp_path / "lora")
+    recipe = {"version": 1, "merge_method": "linear", "base_model": "org/large", "output": {"kind": kind}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"adapters": [{"adapter": str(tmp_path / "lora")}]}))
+    ended = run("plan", path, "--json")
+    assert ended.code == 0, ended
+    assert json.loads(ended.out)["download_bytes"] == (large // 2 if needed else 0)
+    assert run("merge", path, tmp_path / "out", "-q").code == 0
+    assert (weights_sent(server) > large // 2) == needed
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -214,9 +214,11 @@ def _good_enough(krylov: Krylov, rank: int, tolerance: float) -> tuple[Array, Ar
     """(whether the error is within tolerance of the best, estimate of its relative excess), each (b,)."""
     xp = backend.of(krylov.D).xp
     to_come, left = krylov.outlook(rank)
-    settled = krylov.turned(rank) <= _SETTLED if tolerance <= _GRAM_TOLERANCE else to_come >= 0
+    enough = to_come <= left * (1 - (1 + tolerance) ** -2)
+    if tolerance <= _GRAM_TOLERANCE:  # then directions count, of which the energy tells little
+        enough &= krylov.turned(rank) <= _SETTLED
     negligible = max((8 * xp.finfo(krylov.D.dtype).eps) ** 2, 2.0**-46) * krylov.squared_norm
-    done = (to_come <= left * (1 - (1 + tolerance) ** -2)) & settled | (to_come <= negligible)
+    done = enough | (to_come <= negligible)
     best = xp.clip(left - to_come, 1e-300, None)
     return done, xp.where(to_come < left, xp.sqrt(left / best) - 1, 0.0)
 

@@ -26,7 +26,7 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 # The same weights once more, in a layout of the maker's own; a trainer's state; whatever lies in folders.
 IGNORED = ("consolidated*", "training_args.bin", "optimizer*", "*/*")
-RETRIES = 3  # of a request for a header, after 1, 2 and 4 seconds
+_RETRIES = 3  # of a request for a header, after 1, 2 and 4 seconds
 _FIRST = 100_000  # bytes asked for at first: most headers are shorter
 
 
@@ -81,7 +81,7 @@ class Remote:
             """Bytes [start, stop), and how many the file has."""
             headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            answer = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=RETRIES)
+            answer = http_backoff("GET", url, headers=headers, timeout=timeout, max_retries=_RETRIES)
             hf_raise_for_status(answer)
             size = answer.headers.get("Content-Range", "").rpartition("/")[2]
             return answer.content, int(size) if size.isdigit() else len(answer.content)

@@ -115,7 +115,7 @@ class Journal:
         return len(self.figures)
 
 
-class Unused(Journal):
+class NoJournal(Journal):
     """Keeps nothing: for stages whose results are of no use, or lie elsewhere."""
 
     def __init__(self):

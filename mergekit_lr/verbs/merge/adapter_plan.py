@@ -91,6 +91,14 @@ class AdapterPlan:
         return own + ([self.base.folder] if self.base and self.base.folder else [])
 
     @property
+    def reads_base(self) -> bool:
+        """Whether weights of the base are needed, and not its headers alone."""
+        return self.kind == "model" or any(
+            step.origin is not None or (step.part == "change" and len(step.size) < 2) or any(map(callable, step.given))
+            for step in self.steps
+        )
+
+    @property
     def peak(self) -> int:
         """Bytes that the process may hold at most while modules are merged."""
         return self.resources.memory - self.resources.working + self.schedule.peak
@@ -106,7 +114,7 @@ class AdapterPlan:
             "base": self.base.ref if self.base else None,
             "options": self.options,
             "read_bytes": self.schedule.cost.read,
-            "download_bytes": self.base.to_download if self.base is not None and self.kind == "model" else 0,
+            "download_bytes": self.base.to_download if self.base is not None and self.reads_base else 0,
             "peak_bytes": self.peak,
             "batches": len(self.schedule.batches),
             "workers": self.resources.workers,

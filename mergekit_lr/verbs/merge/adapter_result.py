@@ -45,13 +45,14 @@ def assembled(plan: AdapterPlan, journal: Journal) -> tuple[Adapter, tuple[Merge
             adapter.weights[step.name] = replace(weight, delta=_of_some_rank(weight.delta), **beside)
     lost = {step.label: journal.figures[step.label]["lost"] for step in plan.steps}
     output = plan.recipe.document.output
-    whole = {name: weight for name, weight in adapter.weights.items() if "energy" not in journal.figures[name]}
-    if whole and (output.energy is not None or output.size is not None):
+    uncut = {name: weight for name, weight in adapter.weights.items() if "energy" not in journal.figures[name]}
+    if uncut and (output.energy is not None or output.size is not None):
         limit = {"energy": output.energy} if output.energy is not None else {"size": output.size}
         keys = ("memory", "device", "threads")
         dtype = str(plan.stored_dtype).removeprefix("torch.")
-        limited = replace(adapter, weights=whole)
-        squeezed = compress(limited, dtype=dtype, **limit, **{key: plan.options[key] for key in keys})
+        squeezed = compress(
+            replace(adapter, weights=uncut), dtype=dtype, **limit, **{key: plan.options[key] for key in keys}
+        )
         assert squeezed.adapter is not None
         adapter = replace(adapter, weights=adapter.weights | squeezed.adapter.weights)
         lost |= {module.name: lost[module.name] + module.squared_error for module in squeezed.modules}

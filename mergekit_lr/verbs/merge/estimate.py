@@ -28,7 +28,7 @@ from mergekit_lr.adapter.lowrank import LowRank
 from mergekit_lr.checkpoint.checkpoint import Checkpoint
 from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.shards import MemoryOutput
-from mergekit_lr.graph.journal import Unused
+from mergekit_lr.graph.journal import NoJournal
 from mergekit_lr.graph.node import Cost, Node
 from mergekit_lr.graph.run import run
 from mergekit_lr.graph.schedule import Batch, Schedule
@@ -133,7 +133,7 @@ def _merging(plan: MergePlan, job: Job, shape: tuple[int, int]) -> Trial:
     base = model(job.base) if job.base is not None else None
     template = base or inputs[0]
     own = replace(job, inputs=inputs, base=base, template=template, alignment=None, earlier=job.earlier[:1])
-    stages = Merging(replace(plan, outputs=outputs), MemoryOutput(outputs, {}), Unused())
+    stages = Merging(replace(plan, outputs=outputs), MemoryOutput(outputs, {}), NoJournal())
     return Trial((_batch(own),), stages.read, stages.compute, stages.write)
 
 
@@ -142,7 +142,7 @@ def _of_adapters(plan: AdapterPlan) -> Iterator[float]:
     method, output = plan.recipe.method, plan.recipe.document.output
     # The rank that an energy or a size leaves grows with the sides of the matrix.
     spectral = method.spectral or (plan.truncated and output.rank is None)
-    stages = AdapterMerging(plan, Unused())
+    stages = AdapterMerging(plan, NoJournal())
     changes = [step for step in plan.steps if step.part == "change" and len(step.size) > 1]
     groups: dict[Hashable, list[Step]] = defaultdict(list)
     for step in changes:
@@ -189,7 +189,7 @@ def _baking(plan: AdapterPlan, changes: list[Step]) -> float:
     base = Checkpoint.from_tensors({NAME: _normal((rows, columns), seed=0).to(dtype)})
     options = {key: plan.options[key] for key in ("dtype", "device", "threads")}
     onto = plan_apply(base, [(Adapter({NAME: AdaptedWeight(Kind.LINEAR, delta)}), 1.0)], **options)
-    stages = Application.of(onto, MemoryOutput(onto.outputs, {}), Unused())
+    stages = Application.of(onto, MemoryOutput(onto.outputs, {}), NoJournal())
     trial = Trial(onto.schedule.batches, stages.read, stages.compute, stages.write)
     return sum(math.prod(step.size) for step in changes) / (rows * columns) * _once(trial, _workers(plan))
 

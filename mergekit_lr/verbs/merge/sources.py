@@ -20,7 +20,7 @@ from mergekit_lr.checkpoint.parameter import Kind
 from mergekit_lr.checkpoint.quantized import refuse_quantised
 from mergekit_lr.checkpoint.safetensors import prefault
 from mergekit_lr.checkpoint.shards import Header, MemoryOutput
-from mergekit_lr.graph.journal import Unused
+from mergekit_lr.graph.journal import NoJournal
 from mergekit_lr.graph.node import Node
 from mergekit_lr.graph.schedule import Batch
 from mergekit_lr.verbs.apply.compute import Application
@@ -127,7 +127,7 @@ class Source:
 
     def _with_lora(self, plan: ApplyPlan, own: str) -> Tensor:
         memory = MemoryOutput({own: plan.outputs[own]}, {})
-        work = Application(plan.base, plan.outputs, plan.resources.device, None, memory, Unused())
+        work = Application(plan.base, plan.outputs, plan.resources.device, None, memory, NoJournal())
         for node in self._nodes[own]:
             batch = Batch((node,))
             [piece] = work.compute(batch, work.read(batch))

@@ -189,11 +189,11 @@ def _compute(
 
 
 def _fetch(plan: MergePlan | AdapterPlan) -> None:
-    """Download what the plan has seen the headers of. Of adapters' base only what is written anew is needed."""
+    """Download what the plan has seen the headers of, and needs the weights of."""
     if isinstance(plan, MergePlan):
         for source in plan.sources.values():
             source.checkpoint.fetch()
-    elif plan.kind == "model" and plan.base is not None:
+    elif plan.base is not None and plan.reads_base:
         plan.base.fetch()
 
 
